@@ -12,8 +12,8 @@
 //       word i, bits 4 v and 4 v + 16         columns 16 v + 4 t + i and 64 more, v = 0 ... 3
 //     int8, 32 words a row                    words 4 t ... and 16 + 4 t ..., 16 bytes each
 //       word i of part v / 2, bits 8 (v % 2)  columns 32 (v % 2) + 16 (v / 2) + 4 t + i and 64 more
-//     dense, 16 pieces of 16 bytes a row      pieces 4 i + t
-//       word v of piece i                     columns 32 i + 8 t + 2 v and the next
+//     dense, 64 words a row                   words 16 i + 4 v + t, as ldmatrix gives them
+//       word (i, v)                           columns 32 i + 8 v + 2 t and the next
 //   pair (i, v): these two columns as the halves of a register; four registers are A, two are B of one instruction
 //
 //   order of sums  In a unit two alternating chains over i, of v = 0, 1 and v = 2, 3; their sum, less what the offset adds,
@@ -78,7 +78,6 @@ __device__ inline uint32_t weight_pair(const uint4 (&words)[C::PARTS], int i, in
     using Pair = Multiplied<typename C::T, C::BITS>;
     if constexpr (C::BITS == 4) return Pair::pair(word(words[0], i), 4 * v);
     if constexpr (C::BITS == 8) return Pair::pair(word(words[v / 2], i), v % 2 * 8);
-    if constexpr (C::BITS == 16) return word(words[i], v);
 }
 
 // ---- x
@@ -127,32 +126,31 @@ struct Eight {
     }
 };
 
-// The first column of part v of thread t in a block. Of a dense weight's block it has four pieces of eight columns.
+// The first column of part v of thread t in a block.
 template <class C>
 __device__ inline int first_column(int v, int t) {
-    if (C::BITS == 16) return 32 * v + 8 * t;
     return (C::BITS == 4 ? 16 * v : 32 * (v % 2) + 16 * (v / 2)) + 4 * t;
 }
 
 // A row's block of columns, of which each of four threads has all parts.
 template <class C>
 struct Quarter {
-    Eight<C> eight[PAIRS];
+    Eight<C> eight[PAIRS];  // of v; of a dense weight's x, of i
 
     // real: whether there are such columns; else zeros.
     __device__ static Quarter load(const uint16_t* block, bool real) {
         Quarter got;
+        const int t = threadIdx.x % 4;
 #pragma unroll
-        for (int v = 0; v < PAIRS; ++v) {
-            const uint16_t* const from = block + first_column<C>(v, threadIdx.x % 4);
+        for (int i = 0; i < PAIRS; ++i) {
             if constexpr (C::BITS == 16) {
-                // A weight of a norm or a row of x may begin at any multiple of 8 bytes.
-                const auto quad = [&](int at) {
-                    return real ? *reinterpret_cast<const uint2*>(from + at) : make_uint2(0, 0);
+                const auto pair = [&](int v) {
+                    const uint16_t* const from = block + 32 * i + 8 * v + 2 * t;
+                    return real ? *reinterpret_cast<const uint32_t*>(from) : 0;
                 };
-                got.eight[v] = {quad(0), quad(4)};
+                got.eight[i] = {make_uint2(pair(0), pair(1)), make_uint2(pair(2), pair(3))};
             } else {
-                got.eight[v] = Eight<C>::load(from, real);
+                got.eight[i] = Eight<C>::load(block + first_column<C>(i, t), real);
             }
         }
         return got;

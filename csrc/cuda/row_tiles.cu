@@ -15,13 +15,19 @@
 //                                              pairs of a unit in registers while the tiles pass
 //   stage of a group: one unit of all these rows; they come by cp.async, STAGES - 1 ahead
 //     x   [i, row, t] pieces of 16 bytes       a warp reads 512 bytes in a row: no bank twice
-//     W   [8 rows, part, lane] pieces          likewise
+//     W   [8 rows, part, lane] pieces          likewise; dense, row g's piece t of four lies at t ^ g / 2, for ldmatrix
 //
 //   order of units  class by class, so that a sum over a class is finished before the next begins. With one group it is
 //                   then added to what the thread keeps; with several it goes to shared memory, and all are added last.
 //   bytes read      W once for each block of rows of x, and those of one weight run together: once from memory. x from L2
 //                   once for each block of rows of W. Scales once.
 //   independent     neither the other rows of x nor the tiles, stages or groups decide about a row's bits: row_order.cuh.
+//
+// Counted for a unit of 128 x 64 rows (W and x), int4, int8 and dense: 24.8, 32.8 and 48 KB come into shared memory and 80,
+// 96 and 128 KB are read there; of a warp's 445, 490 and 292 instructions (sm_90) 64 are on tensor cores. Predicted for an
+// H100 and not measured, a backbone layer's four products with 16, 32, 64, 128 and 256 rows take, times the floor by bytes
+// or arithmetic: int4 2.1, 2.6, 4.5, 3.2, 2.6; int8 1.4, 1.6, 2.6, 3.1, 3.3; bfloat16 1.1, 1.2, 1.7, 2.2, 3.9
+// (benchmarks/studies/row_tiles.py --predict).
 //
 // Weights are read before `pdl_wait`, as in quantized_mma.cu.
 
@@ -47,6 +53,8 @@ struct Product {
     int swiglu;
     float eps;
 };
+
+constexpr int MOST_ROWS = 1 << 16;
 
 __host__ __device__ inline int to_fours(int m) { return (m + 3) / 4 * 4; }
 
@@ -174,32 +182,57 @@ struct Units {
 
 // ---- Loads
 
+// What a thread copies of every unit, from where: all that does not follow from the unit.
 template <class C>
-__device__ inline void request_words(const Product& p, int tile, int block, int thread, uint4* stage) {
-    const int step = p.k / COLUMNS * C::BITS;
-#pragma unroll
-    for (int q = thread; q < C::W_STAGE; q += C::GROUP_THREADS) {
-        const int row = weight_row<C>(p, tile, q / (32 * C::PARTS) * 8 + q % 32 / 4);
-        const uint4* const from = p.words + int64_t(row) * step + block * C::BITS + q / 32 % C::PARTS * 4 + q % 4;
-        cp_async(stage + C::X_STAGE + C::SUMS_STAGE + q, from);
-    }
-}
+struct Copies {
+    static constexpr int WARPS = C::GROUP_THREADS / 32, EIGHTS = C::ROWS / 8 / WARPS;  // of 8 rows of W a warp
+    static constexpr int ROW_PIECES = C::XS * 4;                                       // of all rows of x, of one i
+    static constexpr int PLACES = ROW_PIECES > C::GROUP_THREADS ? ROW_PIECES / C::GROUP_THREADS : 1;
+    int words[EIGHTS], x[PLACES], sums_x;
 
-// Beyond the last row a column of B stays what it is: it reaches no other column's sums.
-template <class C>
-__device__ inline void request_x(const Product& p, int first, int block, int thread, uint4* stage) {
-    const uint4* const from = p.sorted + (int64_t(block) * 4 * p.m + first) * 4;
+    static_assert(C::ROWS / 8 % WARPS == 0 && C::X_STAGE % C::GROUP_THREADS == 0);
+    static_assert(ROW_PIECES % C::GROUP_THREADS == 0 || C::GROUP_THREADS % ROW_PIECES == 0);
+    static_assert(C::SUMS_STAGE <= C::GROUP_THREADS);
+
+    // Beyond the last row of x the last comes again: a column of B reaches no other column's sums.
+    __device__ Copies(const Product& p, int tile, int first, int thread) {
+        const int lane = thread % 32;
 #pragma unroll
-    for (int q = thread; q < C::X_STAGE; q += C::GROUP_THREADS) {
-        const int i = q / (C::XS * 4), rest = q % (C::XS * 4);
-        if (first + rest / 4 < p.m) cp_async(stage + q, from + i * p.m * 4 + rest);
+        for (int e = 0; e < EIGHTS; ++e)
+            words[e] = weight_row<C>(p, tile, (thread / 32 + e * WARPS) * 8 + lane / 4) * (p.k / COLUMNS * C::BITS) + lane % 4;
+#pragma unroll
+        for (int place = 0; place < PLACES; ++place) {
+            const int q = thread + place * C::GROUP_THREADS, row = first + q % ROW_PIECES / 4;
+            x[place] = (q / ROW_PIECES * p.m + (row < p.m ? row : p.m - 1)) * 4 + q % 4;
+        }
+        const int four = first + 4 * thread;
+        sums_x = four < p.m ? four : to_fours(p.m) - 4;
     }
-    if constexpr (C::SUM_X)
-        for (int q = thread; q < C::SUMS_STAGE; q += C::GROUP_THREADS)
-            if (first + 4 * q < p.m)
-                cp_async(stage + C::X_STAGE + q,
-                         reinterpret_cast<const uint4*>(p.sums_x + block * to_fours(p.m) + first) + q);
-}
+
+    __device__ void request_words(const Product& p, int block, int thread, uint4* stage) const {
+        const int lane = thread % 32;
+        uint4* const to = stage + C::X_STAGE + C::SUMS_STAGE + thread / 32 * C::PARTS * 32 +
+                          (C::BITS == 16 ? lane ^ lane / 8 : lane);
+#pragma unroll
+        for (int e = 0; e < EIGHTS; ++e) {
+            const uint4* const from = p.words + (words[e] + block * C::BITS);
+#pragma unroll
+            for (int part = 0; part < C::PARTS; ++part)
+                cp_async(to + (e * WARPS * C::PARTS + part) * 32, from + 4 * part);
+        }
+    }
+
+    __device__ void request_x(const Product& p, int block, int thread, uint4* stage) const {
+#pragma unroll
+        for (int n = 0; n < C::X_STAGE / C::GROUP_THREADS; ++n) {
+            const int i = n * C::GROUP_THREADS / ROW_PIECES;
+            cp_async(stage + thread + n * C::GROUP_THREADS, p.sorted + ((block * 4 + i) * p.m * 4 + x[n % PLACES]));
+        }
+        if (C::SUM_X && thread < C::SUMS_STAGE)
+            cp_async(stage + C::X_STAGE + thread,
+                     reinterpret_cast<const uint4*>(p.sums_x + block * to_fours(p.m) + sums_x));
+    }
+};
 
 // A tile's scales and zeros, as [block, row].
 template <class C>
@@ -225,42 +258,60 @@ struct Sums {
     // stage: a unit. row, row_x: the first of the warp's in it. scales: of the unit's rows.
     __device__ void add_unit(const uint4* stage, const uint32_t* scales, int row, int row_x) {
         const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        const uint4* const w = stage + C::X_STAGE + C::SUMS_STAGE + row / 8 * C::PARTS * 32 + lane;
+        const uint4* const w = stage + C::X_STAGE + C::SUMS_STAGE + row / 8 * C::PARTS * 32;
         const uint4* const x = stage + (row_x + g) * 4 + t;
         const float* const sums_x = reinterpret_cast<const float*>(stage + C::X_STAGE) + row_x + 2 * t;
-        uint32_t a[C::TILES_W][4][2][PAIRS];
+        // Of pairs (i, 2 of) and (i, 2 of + 1): rows g, g + 8, and the same of the next pair.
+        uint32_t a[C::TILES_W][4][2][4];
         Affine<C> affine[C::TILES_W][2];
 #pragma unroll
-        for (int tile = 0; tile < C::TILES_W; ++tile)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                uint4 words[C::PARTS];
-#pragma unroll
-                for (int part = 0; part < C::PARTS; ++part)
-                    words[part] = w[((2 * tile + half) * C::PARTS + part) * 32];
+        for (int tile = 0; tile < C::TILES_W; ++tile) {
+            if constexpr (C::BITS == 16) {
+                // Lane l names row l % 16 of the tile, and of the next four pieces that of l / 16.
+                const uint4* const named = w + (2 * tile + lane / 8 % 2) * C::PARTS * 32;
+                const int r = lane % 8;
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
 #pragma unroll
-                    for (int v = 0; v < PAIRS; ++v) a[tile][i][half][v] = weight_pair<C>(words, i, v);
+                    for (int of = 0; of < 2; ++of)
+                        ldmatrix_x4(a[tile][i][of], named + i * 32 + r * 4 + ((2 * of + lane / 16) ^ r / 2));
+            } else {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    uint4 words[C::PARTS];
+#pragma unroll
+                    for (int part = 0; part < C::PARTS; ++part)
+                        words[part] = w[((2 * tile + half) * C::PARTS + part) * 32 + lane];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+#pragma unroll
+                        for (int v = 0; v < PAIRS; ++v)
+                            a[tile][i][v / 2][v % 2 * 2 + half] = weight_pair<C>(words, i, v);
+                }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
                 affine[tile][half] =
                     C::GROUPED ? Affine<C>::of(scales[row + 16 * tile + 8 * half + g]) : Affine<C>::none();
-            }
+        }
 #pragma unroll
         for (int tile_x = 0; tile_x < C::TILES_X; ++tile_x) {
             float chain[C::TILES_W][2][4] = {};
+            float2 both{};
+            if (C::SUM_X) both = *reinterpret_cast<const float2*>(sums_x + 8 * tile_x);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const uint4 b = x[(i * C::XS + 8 * tile_x) * 4];
 #pragma unroll
                 for (int tile = 0; tile < C::TILES_W; ++tile) {
-                    const auto& of = a[tile][i];
-                    mma_m16n8k16<T>(chain[tile][0], of[0][0], of[1][0], of[0][1], of[1][1], b.x, b.y);
-                    mma_m16n8k16<T>(chain[tile][1], of[0][2], of[1][2], of[0][3], of[1][3], b.z, b.w);
+                    const auto& [low, high] = a[tile][i];
+                    mma_m16n8k16<T>(chain[tile][0], low[0], low[1], low[2], low[3], b.x, b.y);
+                    mma_m16n8k16<T>(chain[tile][1], high[0], high[1], high[2], high[3], b.z, b.w);
                 }
             }
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const float sum_x = C::SUM_X ? sums_x[8 * tile_x + j] : 0;
+                const float sum_x = C::SUM_X ? (j ? both.y : both.x) : 0;
 #pragma unroll
                 for (int tile = 0; tile < C::TILES_W; ++tile)
 #pragma unroll
@@ -352,10 +403,11 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT_WARPS / C::WARPS) row_
     uint32_t* const scales = reinterpret_cast<uint32_t*>(shared + layout.scales);
 
     // Weights are asked for before the last kernel's results are there.
+    const Copies<C> copies(p, tile, first, thread);
     Units ahead(p, group, C::GROUPS);
 #pragma unroll 1
     for (int stage = 0; stage < C::STAGES - 1 && ahead.real(); ++stage, ahead.next(p))
-        request_words<C>(p, tile, ahead.block, thread, queue + stage * C::STAGE);
+        copies.request_words(p, ahead.block, thread, queue + stage * C::STAGE);
     if (C::GROUPED) load_scales<C>(p, tile, scales);
     pdl_launch_dependents();
     pdl_wait();
@@ -363,7 +415,7 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT_WARPS / C::WARPS) row_
 #pragma unroll 1
     for (int stage = 0; stage < C::STAGES - 1; ++stage) {
         if (ahead.real()) {
-            request_x<C>(p, first, ahead.block, thread, queue + stage * C::STAGE);
+            copies.request_x(p, ahead.block, thread, queue + stage * C::STAGE);
             ahead.next(p);
         }
         cp_async_commit_group();
@@ -381,8 +433,8 @@ __global__ void __launch_bounds__(C::THREADS, C::RESIDENT_WARPS / C::WARPS) row_
         sync_group<C>(group);
         if (ahead.real()) {
             uint4* const to = queue + (stage ? stage - 1 : C::STAGES - 1) * C::STAGE;
-            request_words<C>(p, tile, ahead.block, thread, to);
-            request_x<C>(p, first, ahead.block, thread, to);
+            copies.request_words(p, ahead.block, thread, to);
+            copies.request_x(p, ahead.block, thread, to);
             ahead.next(p);
         }
         cp_async_commit_group();
@@ -435,29 +487,31 @@ template <class T, int BITS, bool GROUPED>
 struct Table {
     template <int... SIZES>
     using Row = Config<T, BITS, GROUPED, SIZES...>;
+    static constexpr int MANY = BITS == 16 ? 4 : 8, DEEP = BITS == 16 ? 3 : 2;
     //           WARPS_W WARPS_X TILES_X GROUPS STAGES   rows of W x rows of x
-    using V1 = Row<1, 1, 2, BITS == 16 ? 4 : 8, BITS == 16 ? 3 : 2>;  // 32 x 16: few rows of x, or of both
-    using V2 = Row<1, 1, 2, 4, 2>;  // 32 x 16           the same in less shared memory
-    using V3 = Row<1, 1, 4, 4, 2>;  // 32 x 32           few rows of W
-    using V4 = Row<2, 2, 4, 1, 2>;  // 64 x 64           fits everywhere
-    using V5 = Row<8, 1, 4, 1, 3>;  // 256 x 32
-    using V6 = Row<4, 2, 4, 1, 3>;  // 128 x 64
-    using V7 = Row<2, 4, 4, 1, 3>;  // 64 x 128
+    using V1 = Row<1, 1, 2, MANY, DEEP>;  // 32 x 16     few rows of x, or of both
+    using V2 = Row<1, 1, 2, 4, 2>;        // 32 x 16     the same in less shared memory
+    using V3 = Row<1, 1, 4, 4, 2>;        // 32 x 32     few rows of W
+    using V4 = Row<2, 2, 4, 1, 2>;        // 64 x 64     fits everywhere
+    using V5 = Row<8, 1, 4, 1, 3>;        // 256 x 32    many rows of W, up to 32 of x
+    using V6 = Row<4, 2, 4, 1, 3>;        // 128 x 64
+    using V7 = Row<2, 4, 4, 1, 3>;        // 64 x 128    W but once for 128 rows from L2, too; x more often
 };
 constexpr int VARIANTS = 8;
 
-// Calls `of(configuration, its number)` for each.
+// Calls `of(configuration, its number)` for each, those with the largest tiles first.
 template <class Own, class Of>
 void each(Of of) {
-    of(typename Own::V1(), 1), of(typename Own::V2(), 2), of(typename Own::V3(), 3), of(typename Own::V4(), 4);
-    of(typename Own::V5(), 5), of(typename Own::V6(), 6), of(typename Own::V7(), 7);
+    of(typename Own::V7(), 7), of(typename Own::V6(), 6), of(typename Own::V5(), 5), of(typename Own::V4(), 4);
+    of(typename Own::V3(), 3), of(typename Own::V1(), 1), of(typename Own::V2(), 2);
 }
 
-// Clock cycles, predicted and not measured. A multiprocessor multiplies 10 pairs of rows of W and x over a unit a cycle
-// with eight warps (0.63 of what wgmma does), its tensor cores wait with fewer, and it gets 25 bytes a cycle from L2.
+// Clock cycles, predicted and not measured. With eight warps a multiprocessor multiplies 10 pairs of rows of W and x over a
+// unit a cycle (0.63 of what wgmma does), fewer where instructions take longer (as counted for sm_90); its tensor cores
+// wait with fewer warps, and it gets 25 bytes a cycle from L2.
 template <class C>
 float cycles(const Product& p) {
-    constexpr float PAIRS_A_CYCLE = 10, BYTES_A_CYCLE = 25, BEGIN_AND_END = 3000;
+    constexpr float PAIRS_A_CYCLE = C::BITS == 16 ? 10 : C::BITS == 4 ? 9.2f : 8.4f, BYTES_A_CYCLE = 25, BEGIN_AND_END = 3000;
     const dim3 grid = grid_of<C>(p);
     const int tiles = grid.x * grid.y, most = (tiles - 1) / current_device().multiprocessors + 1;
     const int warps = C::WARPS * most < C::RESIDENT_WARPS ? C::WARPS * most : C::RESIDENT_WARPS;
@@ -466,15 +520,16 @@ float cycles(const Product& p) {
     return most * (p.k / COLUMNS * (products > copies ? products : copies) + BEGIN_AND_END);
 }
 
-// The configuration that is predicted to take least; 0 for none.
+// The configuration that is predicted to take least, of equals that with the larger tiles; 0 for none.
 template <class T, int BITS, bool GROUPED>
 int choose(const Product& p, float* least) {
+    constexpr float EQUAL = 1.03f;
     int best = 0;
     each<Table<T, BITS, GROUPED>>([&](auto config, int variant) {
         using C = decltype(config);
         if (!fits<C>(p)) return;
         const float time = cycles<C>(p);
-        if (!best || time < *least) best = variant, *least = time;
+        if (!best || time * EQUAL < *least) best = variant, *least = time;
     });
     return best;
 }
@@ -544,6 +599,8 @@ extern "C" int mimo_fast_row_tiles(const void* x, const void* norm, const void* 
                           reinterpret_cast<float*>(begin + places.sums_x), reinterpret_cast<float*>(begin + places.norms),
                           stride, m, n, k, swiglu, eps};
     if (!aligned(x, 8) || !aligned(norm, 8) || !aligned(words, 16) || !aligned(room, 16) || stride % 4) return INVALID;
+    // Places in W and in the sorted x are numbers of 32 bits.
+    if (m > MOST_ROWS || int64_t(n) * k * bits / 128 > INT32_MAX) return INVALID;
     if (m < 1 || n < 1 || k < COLUMNS || k % COLUMNS || (swiglu && n % 2) || (half && norm)) return INVALID;
     return dispatch<INVALID>(Launch{variant, stream}, product, bits, grouped, half);
 }

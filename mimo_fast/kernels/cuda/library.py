@@ -237,6 +237,7 @@ def row_tiles(
             raise ValueError(f"no kernel reads the weight: {reason}")
         if bias is not None:
             _expect(bias, (len(weight),), x, "the bias")
+        parts: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
         parts = (weight, None, None, bias)
         form = (x.stride(0), len(x), *weight.shape, 16, False)
     else:

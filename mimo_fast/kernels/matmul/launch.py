@@ -80,7 +80,8 @@ def cuda_dense_tiles(
 ) -> Tensor:
     """x [..., K], of up to some rows, a weight of one block; by csrc/cuda/row_tiles.cu."""
     (block,), (bias,) = weight.blocks, weight.biases
-    flat, y, residual = _prepare(x, *block.shape, norm, residual, swiglu)
+    rows, columns = block.shape
+    flat, y, residual = _prepare(x, rows, columns, norm, residual, swiglu)
     if not y.numel():
         return y
     return cuda.row_tiles(flat, block, norm, residual, swiglu, y, bias=bias)

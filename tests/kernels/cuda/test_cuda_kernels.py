@@ -1,5 +1,5 @@
-"""The CUDA kernels' own source, compiled for the CPU, where threads are fibers that go on in an order
-which is drawn (fibers.cuh)."""
+"""The CUDA kernels' own source, compiled for the CPU, where threads are fibers that go on in an
+order which is drawn (fibers.cuh)."""
 
 import ctypes
 import shutil

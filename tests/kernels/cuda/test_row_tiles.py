@@ -6,10 +6,11 @@ import pytest
 import torch
 from emulated import SOURCES, compile_for_cpu
 from helpers import slow_after
-from test_cuda_kernels import check, emulated, random, usual_device, weight_of
+from test_cuda_kernels import HALF, check, emulated, random, usual_device, weight_of
 from test_cuda_kernels import product as of_few_rows
 from torch import Tensor
 
+from benchmarks.studies import row_tiles as study
 from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.norm import RMSNorm
@@ -137,16 +138,25 @@ def test_there_is_a_configuration_for_every_weight(emulated, card):
     assert none == (0, 0)
 
 
+def test_the_study_predicts_no_less_than_the_floor(emulated):
+    emulated.mimo_fast_set_device(*study.H100)
+    records = [*study.predictions(study.Tiles(emulated), (4, 8, 16))]
+    assert len(records) == 3 * 8 * len(study.ROWS)
+    for record in records:
+        assert record["predicted"] > record["floor"] > 0
+        assert str(record["predicted"]) in study.line(record)
+
+
 def test_what_it_refuses(emulated):
     x, matrix = random(9, 256), weight("int4", 8, 256)
     with pytest.raises(RuntimeError, match="refused"):
         product(emulated, random(9 * 256 + 1)[1:].view(9, 256), matrix)
     with pytest.raises(RuntimeError, match="refused"):
         product(emulated, x, matrix, variant=len(variants(emulated)) + 1)
-    half = random(9, 256, dtype=torch.float16)
+    half, halves = random(9, 256, dtype=HALF), weight("int4", 8, 256, dtype=HALF)
+    norm = RMSNorm(random(256, dtype=HALF), 1e-6)
     with pytest.raises(RuntimeError, match="refused"):
-        norm = RMSNorm(random(256, dtype=torch.float16), 1e-6)
-        product(emulated, half, weight("int4", 8, 256, dtype=torch.float16), norm)
+        product(emulated, half, halves, norm)
     emulated.mimo_fast_set_device(2, 16 * 1024)
     with pytest.raises(RuntimeError, match="refused"):
         product(emulated, x, matrix)

@@ -14,6 +14,7 @@ using cudaStream_t = void*;
 using std::sqrt;
 
 struct uint2 { uint32_t x, y; };
+struct float2 { float x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct dim3 { int x = 1, y = 1; dim3(int x = 1, int y = 1) : x(x), y(y) {} };
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }

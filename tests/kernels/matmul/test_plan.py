@@ -204,3 +204,26 @@ def test_a_triton_that_spills_on_tables_multiplies_few_rows_by_dot(machine, name
     made = plan(weight_of(name, BF16), GPU, BF16)
     names = [made.at(rows).implementation.name for rows in (0, 1, 4, 5, 64, 65)]
     assert names == [first] * 3 + [DOT] * 2 + [TRITON]
+
+
+@pytest.mark.parametrize(
+    ("parts", "rows", "calls"), [(3, 4, 1), (2, 9, 1), (20, 9, 1), (3, 100, 3)]
+)
+def test_parts_are_one_product_where_their_order_of_sums_is_that_of_all(
+    machine, parts, rows, calls
+):
+    """Tiles and mma share one; a library's product has none that is known."""
+    machine.setenv("MIMO_FAST_EXPERIMENTAL", "1")
+    machine.setenv("MIMO_FAST_KERNELS", "")
+    made = plan(weight_of("int8", BF16), GPU, BF16)
+    called = []
+
+    def run(x, *around):
+        called.append(x.shape)
+        return x[..., :64]
+
+    steps = (replace(s, implementation=replace(s.implementation, run=run)) for s in made.steps)
+    counted = replace(made, steps=tuple(steps))
+    x = torch.randn(parts, rows, 256, dtype=BF16)
+    assert torch.equal(counted.by_part(x, weight_of("int8", BF16)), x[..., :64])
+    assert len(called) == calls
