@@ -134,7 +134,8 @@ def _nvcc(source: Path, architecture: int) -> bytes:
 
 def _kernel_name(mangled: str) -> str:
     """Name of a kernel: its activations' type and its template's integers follow."""
-    name = re.search(r"\d_([a-z_]+)_cu_", mangled)[1]
+    length, rest = re.search(r"_cu_[0-9a-f]{8}(\d+)(\w+)", mangled).groups()
+    name = rest[: int(length)]
     types = re.findall(r"\d(Bfloat16|Float16)", mangled)[:1]
     return " ".join([name, *types, *re.findall(r"L[ib](\d+)E", mangled)])
 

@@ -45,7 +45,7 @@ python=${PYTHON:-python3} device=${DEVICE:-cuda} preset=${PRESET:-7b} limit=${LI
 out=${OUT:-benchmarks/results} force=${FORCE:-0}
 earlier=${EARLIER:-$out}
 # NAME:SECONDS of benchmarks/studies: what no GPU has run, or not in its present form, and the others.
-new_studies=(turns:100 gemm:45) studies=(engine:130 overlap:90 products:80)
+new_studies=(turns:100 row_tiles:70 gemm:45) studies=(engine:130 overlap:90 products:80)
 export PYTHONPATH=. PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/mimo-fast-triton}
 unset MIMO_FAST_KERNELS MIMO_FAST_NO_GRAPH
 

@@ -19,10 +19,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -162,6 +163,16 @@ def reference(weight: Weight, inputs: Inputs) -> Tensor:
     return y if inputs.residual is None else y + inputs.residual.float()
 
 
+class Sized(Protocol):
+    """Something of so many bytes."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Made = TypeVar("Made", bound=Sized)
+
+
 def same_bits(got: Tensor, want: Tensor) -> bool:
     return torch.equal(got.view(torch.int16), want.view(torch.int16))
 
@@ -171,12 +182,14 @@ def off(got: Tensor, want: Tensor) -> float:
     return ((got.float() - want).norm() / want.norm()).item()
 
 
-def copies(shape: Shape, bits: int) -> list[Weight]:
+def copies(
+    shape: Shape, bits: int, make: Callable[[Shape, int], Made] = Weight.random
+) -> list[Made]:
     """Weights that together are three times as large as L2, of no more than 2 GB; at least two."""
-    first = Weight.random(shape, bits)
+    first = make(shape, bits)
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     count = max(2, min(-(-3 * cache // first.nbytes), 2**31 // first.nbytes, 256))
-    return [first, *(Weight.random(shape, bits) for _ in range(count - 1))]
+    return [first, *(make(shape, bits) for _ in range(count - 1))]
 
 
 def fault(

@@ -55,7 +55,7 @@ struct Unpack<Float16, 8> {
     }
 };
 
-__device__ inline float silu(float value) { return value / (1 + expf(-value)); }
+__device__ inline float silu(float value) { return value / add(1, expf(-value)); }
 
 inline const uint16_t* as16(const void* pointer) { return static_cast<const uint16_t*>(pointer); }
 

@@ -1,39 +1,27 @@
 // Products of few rows with int4 or int8 weights on tensor cores; bfloat16 or float16 in and out, sums in float32.
 //
-//   y [M, N] = epilogues(norm(x) W^T + b)          formulas: mimo_fast/kernels/matmul/product.py
-//                                                  layout of W: mimo_fast/kernels/matmul/quantized_weight.py
+//   y [M, N] = epilogues(norm(x) W^T + b)          units, their pairs and the order of sums: row_order.cuh
 //
-// Such a product is bound by the bytes of W as long as they are asked for early enough and little is done for each. W is
-// the operand with 16 rows (A), x the one with 8 columns (B): up to 8 rows of x cost what one does. What a product sums
-// over may be in any order, if only A and B agree, so a thread multiplies the very words that it loaded.
-//
-//   unit: ROWS rows of W x 128 columns      what a warp asks for, and multiplies, at once
-//     int4, 16 words a row                    thread t of the four that share row g: words 4 t ... 4 t + 3, 16 bytes
-//       word i, bits 4 v and 4 v + 16         columns 16 v + 4 t + i and 64 more, v = 0 ... 3
-//     int8, 32 words a row                    words 4 t ... and 16 + 4 t ..., 16 bytes each
-//       word i of part v / 2, bits 8 (v % 2)  columns 32 (v % 2) + 16 (v / 2) + 4 t + i and 64 more
-//   pair (i, v): these two columns as the halves of a register; four registers are A, two are B of one instruction
+// Such a product is bound by the bytes of W as long as they are asked for early enough and little is done for each. A warp
+// asks for, and multiplies, a unit of ROWS rows of W at once.
 //
 // A block of threads keeps its rows of x in shared memory, times the norm's weight and in the order of pairs, and goes
-// through every gridDim.y-th tile of ROWS rows of W. Warp w has the units of columns w, w + WARPS, ... of each tile. Each
-// thread's words come through a queue of STAGES units in shared memory, which runs on from tile to tile; it reads only
+// through every gridDim.y-th tile of ROWS rows of W. Warp w has the units of class w of each tile. Each thread's words come through a queue of STAGES units in shared memory, which runs on from tile to tile; it reads only
 // what it asked for itself, so the queue needs no barrier. After a tile the warps' sums are added in order, and the norm's
 // row scale, bias, SwiGLU and residual follow.
 //
 //   bytes read     W once for each chunk of rows of x, x once for each block of threads
-//   order of sums  pairs of a unit in two alternating chains, units of a warp, warps: given by K alone. Neither the rows
-//                  that come with a row nor ROWS, STAGES or the grid change it, so a row is the same bit for bit.
-//   rounding       x times the norm's weight to T once; all else in float32; y to T once. There are no atomics.
+//   order of sums  given by K alone. Neither the rows that come with a row nor ROWS, STAGES or the grid change it, so a row
+//                  is the same bit for bit.
 //
 // Weights (words, scales, zeros, norm, bias) are read before `pdl_wait`, that is while the kernel before this one may
 // still run: none of them may be written by it (quantized_weight.py says what whoever makes a weight has to do).
 
-#include "quantized.cuh"
+#include "row_order.cuh"
 
 namespace {
 
 constexpr int ROWS = 16;  // of W a tile
-constexpr int PAIRS = 4;  // v
 
 struct Product {
     const uint16_t* x;
@@ -52,48 +40,24 @@ struct Product {
     int tiles;  // of W
 };
 
-// ---- Unpacking
-
-// Pairs as they are multiplied: OFFSET leaves again with the sum of x, or in float16 at once.
-template <class T, int BITS>
-struct Multiplied : Unpack<T, BITS> {};
-
-template <>
-struct Multiplied<Float16, 4> {
-    static constexpr float OFFSET = 0;
-    __device__ static uint32_t pair(uint32_t word, int shift) {
-        return add_pairs<Float16>(Unpack<Float16, 4>::pair(word, shift), 0xe408e408);  // minus 1032
-    }
-};
-
-__device__ inline uint32_t word(const uint4& words, int i) {
-    return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
-}
-
 // ---- Configurations
 
-// T, BITS: of x and what goes with it; of a value of W. GROUPED: W has a scale for each 128 columns, else for each row.
-// WARPS: that share the columns of a tile. It decides about the order of sums, so it may follow from K alone.
+// T, BITS, GROUPED: of `Form`. WARPS: that share the columns of a tile, as many as there are classes of units.
 // STAGES: units of a warp that are on their way beside the one in its registers. H100: 21 KB a multiprocessor hide the
 //     latency of its memory (0.9 us at 3.1 TB/s over 132 of them); a stage of 16 warps is 16 KB of int4 or 32 KB of int8.
 // TILES_X: of 8 rows of x, for each of which a unit's unpacked words are used again.
 // BUFFERS: of the warps' sums; one takes another barrier and less shared memory.
 template <class T_, int BITS_, bool GROUPED_, int WARPS_, int STAGES_, int TILES_X_, int BUFFERS_>
-struct Config {
-    using T = T_;
-    static constexpr bool GROUPED = GROUPED_;
+struct Config : Form<T_, BITS_, GROUPED_> {
     static constexpr int BITS = BITS_, WARPS = WARPS_, STAGES = STAGES_, TILES_X = TILES_X_;
     static constexpr int BUFFERS = BUFFERS_;
     static constexpr int THREADS = WARPS * 32;
     static constexpr int XS = 8 * TILES_X;
-    static constexpr int PARTS = BITS / 4;    // pieces of 16 bytes that a thread has of each of its two rows in a unit
-    static constexpr bool SUM_X = BITS == 4;  // int8 has neither zeros nor an offset
     // Threads a multiprocessor has registers for. 1024 have 64 each, which lets the next kernel begin beside this one; what
     // does not fit into those on every GPU has 128.
     static constexpr bool SMALL = TILES_X == 1 && BITS == 4 && BUFFERS == 2;
     static constexpr int RESIDENT = ARCHITECTURE == 900 && SMALL ? 1024 : 512;
 
-    static_assert(BITS == 8 || (BITS == 4 && GROUPED));
     static_assert(STAGES >= 1 && TILES_X >= 1);
     static_assert(XS * ROWS <= THREADS, "a thread writes one result of a tile");
     static_assert(THREADS <= 1024);
@@ -213,94 +177,6 @@ struct Scales {
 
 // ---- x
 
-// A thread's part of a row's block of columns: columns i and 64 more for i of four, from `column` on.
-template <class C>
-struct Eight {
-    using T = typename C::T;
-    uint2 low, high;
-
-    __device__ static Eight load(const uint16_t* from, bool real) {
-        const auto quad = [&](int at) { return real ? *reinterpret_cast<const uint2*>(from + at) : make_uint2(0, 0); };
-        return {quad(0), quad(64)};
-    }
-
-    template <class Operation>
-    __device__ static float over(const uint2& quad, Operation of) {
-        return (of(widen<T>(uint16_t(quad.x))) + of(widen<T>(uint16_t(quad.x >> 16)))) +
-               (of(widen<T>(uint16_t(quad.y))) + of(widen<T>(uint16_t(quad.y >> 16))));
-    }
-
-    template <class Operation>
-    __device__ float part(Operation of) const {
-        return over(low, of) + over(high, of);
-    }
-
-    // Over the 16 threads of a row's block: v, then t.
-    template <class Operation>
-    __device__ float sum(Operation of) const {
-        float sum = part(of);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum += shfl_xor(sum, i < 2 ? 4 << i : 1 << (i - 2));
-        return sum;
-    }
-
-    __device__ void multiply(const Eight& by) {
-        low = make_uint2(mul_pairs<T>(low.x, by.low.x), mul_pairs<T>(low.y, by.low.y));
-        high = make_uint2(mul_pairs<T>(high.x, by.high.x), mul_pairs<T>(high.y, by.high.y));
-    }
-
-    __device__ void store(uint32_t* to, int step) const {
-        to[0] = prmt(low.x, high.x, 0x5410);
-        to[step] = prmt(low.x, high.x, 0x7632);
-        to[2 * step] = prmt(low.y, high.y, 0x5410);
-        to[3 * step] = prmt(low.y, high.y, 0x7632);
-    }
-};
-
-// The first column of thread t's pairs (i, v) in a block.
-template <class C>
-__device__ inline int first_column(int v, int t) {
-    return (C::BITS == 4 ? 16 * v : 32 * (v % 2) + 16 * (v / 2)) + 4 * t;
-}
-
-// A row's block of columns, of which each of four threads has all v.
-template <class C>
-struct Quarter {
-    Eight<C> eight[PAIRS];
-
-    __device__ static Quarter load(const uint16_t* block, bool real) {
-        Quarter got;
-#pragma unroll
-        for (int v = 0; v < PAIRS; ++v) got.eight[v] = Eight<C>::load(block + first_column<C>(v, threadIdx.x % 4), real);
-        return got;
-    }
-
-    // In the order of `Eight::sum`.
-    template <class Operation>
-    __device__ float sum(Operation of) const {
-        float sum = (eight[0].part(of) + eight[1].part(of)) + (eight[2].part(of) + eight[3].part(of));
-        sum += shfl_xor(sum, 1);
-        return sum + shfl_xor(sum, 2);
-    }
-
-    __device__ void multiply(const Quarter& by) {
-#pragma unroll
-        for (int v = 0; v < PAIRS; ++v) eight[v].multiply(by.eight[v]);
-    }
-
-    // pairs[i]: of all v.
-    __device__ void sort(uint4 (&pairs)[4]) const {
-        uint32_t sorted[PAIRS][4];
-#pragma unroll
-        for (int v = 0; v < PAIRS; ++v) eight[v].store(sorted[v], 1);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) pairs[i] = {sorted[0][i], sorted[1][i], sorted[2][i], sorted[3][i]};
-    }
-};
-
-__device__ inline float itself(float value) { return value; }
-__device__ inline float squared(float value) { return value * value; }
-
 // Rows first, ... first + rows - 1 of x, times the norm's weight, in the order of pairs; and for each row and block of
 // columns the sum of these and the sum of the squares of x. One row is read by 16 threads a block, several by four each:
 // fewer exchanges between threads. The order of the sums is the same.
@@ -361,22 +237,11 @@ __device__ void stage_x(const Product& p, const Layout<C>& layout, unsigned char
     }
 }
 
-// The norm's scale of a row: 1 / sqrt(mean of squares + eps).
-template <class C>
-__device__ float norm_scale(const Product& p, const float* squares, int row) {
-    float sum = 0;
-#pragma unroll 8
-    for (int block = 0; block < p.k / COLUMNS; ++block) sum += squares[block * C::XS + row];
-    return rsqrtf(sum / p.k + p.eps);
-}
-
 // ---- One unit
 
 // What a thread has of the sums of its warp: of rows g and g + 8 of W with rows 2 t and 2 t + 1 of each tile of x.
 template <class C>
 struct Sums {
-    using T = typename C::T;
-    using Pair = Multiplied<T, C::BITS>;
     float total[C::TILES_X][4] = {};
 
     // x(tile, i): the pairs (i, v) of row g of a tile of x. sum_x(tile, j): the sum over row 2 t + j of it.
@@ -390,29 +255,24 @@ struct Sums {
 #pragma unroll
             for (int half = 0; half < 2; ++half)
 #pragma unroll
-                for (int v = 0; v < PAIRS; ++v)
-                    a[half][v] = C::BITS == 4 ? Pair::pair(word(words[half][0], i), 4 * v)
-                                              : Pair::pair(word(words[half][v / 2 % C::PARTS], i), v % 2 * 8);
+                for (int v = 0; v < PAIRS; ++v) a[half][v] = weight_pair<C>(words[half], i, v);
 #pragma unroll
             for (int tile = 0; tile < C::TILES_X; ++tile) {
                 const uint4 b = x(tile, i);
-                mma_m16n8k16<T>(chain[tile][0], a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
-                mma_m16n8k16<T>(chain[tile][1], a[0][2], a[1][2], a[0][3], a[1][3], b.z, b.w);
+                mma_m16n8k16<typename C::T>(chain[tile][0], a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
+                mma_m16n8k16<typename C::T>(chain[tile][1], a[0][2], a[1][2], a[0][3], a[1][3], b.z, b.w);
             }
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const uint32_t both = scales ? scales[half * 8 + g] : 0;
-            const float scale = scales ? widen<T>(uint16_t(both)) : 1;
-            const float offset = Pair::OFFSET + from_half(uint16_t(both >> 16));
+            const Affine<C> affine = C::GROUPED ? Affine<C>::of(scales[half * 8 + g]) : Affine<C>::none();
 #pragma unroll
             for (int tile = 0; tile < C::TILES_X; ++tile)
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     const int i = half * 2 + j;
-                    float sum = chain[tile][0][i] + chain[tile][1][i];
-                    if (C::SUM_X) sum -= offset * sum_x(tile, j);
-                    total[tile][i] += scale * sum;
+                    total[tile][i] =
+                        affine.with_unit(total[tile][i], chain[tile][0][i], chain[tile][1][i], sum_x(tile, j));
                 }
         }
     }
@@ -460,17 +320,17 @@ struct Result {
     __device__ void write(const Product& p, int tile, int first, int rows, const float* sums, const float* squares) {
         const Place at(p, tile, rows);
         if (!at.real) return;
-        if (norm == 0) norm = p.norm ? norm_scale<C>(p, squares, at.x) : 1;
+        if (norm == 0) norm = p.norm ? norm_scale(squares + at.x, C::XS, p.k, p.eps) : 1;
         const auto result = [&](int i) {
             const float* from = sums + at.x * (ROWS + 1) + at.r + i * (ROWS / 2);
             float sum = 0;
 #pragma unroll
             for (int warp = 0; warp < C::WARPS; ++warp) sum += from[warp * C::XS * (ROWS + 1)];
-            if (!C::GROUPED) sum *= widen<T>(uint16_t(scale >> 16 * i));
-            return sum * norm + (p.bias ? widen<T>(uint16_t(bias >> 16 * i)) : 0);
+            return product_of(sum, C::GROUPED ? 1 : widen<T>(uint16_t(scale >> 16 * i)), norm,
+                              p.bias ? widen<T>(uint16_t(bias >> 16 * i)) : 0);
         };
         float value = result(0);
-        if (p.swiglu) value = silu(value) * result(1);
+        if (p.swiglu) value = swiglu_of(value, result(1));
         if (p.residual) value += widen<T>(residual);
         p.y[int64_t(first + at.x) * at.width + at.column] = narrow<T>(value);
     }
@@ -573,10 +433,6 @@ int launch(Product p, int busy, cudaStream_t stream) {
     return start<quantized_mma<C>>(dim3(count, grid), C::THREADS, Layout<C>(p).total, stream, p);
 }
 
-// Values of K from which on a tile has so many warps, and warps below.
-constexpr int LONG = 2048, LONG_WARPS = 16, SHORT_WARPS = 8;
-static_assert(LONG / COLUMNS >= LONG_WARPS && 1024 / COLUMNS >= SHORT_WARPS, "no warp without columns, from K = 1024 on");
-
 // The configurations of a weight, by number, for measurements; `Config` says what they mean. BUSY: `busy` of `launch`.
 template <class T, int BITS, bool GROUPED, int WARPS>
 struct Table {
@@ -607,7 +463,7 @@ int choose(const Product& p) {
     const int wide = chunks<typename Own::V3>(p), tiles = (p.n + ROWS - 1) / ROWS;
     if (p.m > 8 && wide && wide < least && tiles * least > current_device().multiprocessors) return 3;
     // Two blocks a multiprocessor where there are many tiles and the shared memory lets both run.
-    const bool two = WARPS == SHORT_WARPS || (BITS == 4 && p.m == 1 && p.n >= 128 * current_device().multiprocessors);
+    const bool two = WARPS == SHORT_CLASSES || (BITS == 4 && p.m == 1 && p.n >= 128 * current_device().multiprocessors);
     if (two && takes(chunks<typename Own::V2>(p))) return 2;
     return takes(chunks<typename Own::V1>(p)) ? 1 : takes(chunks<typename Own::V4>(p)) ? 4 : 5;
 }
@@ -629,8 +485,8 @@ int launch(const Product& p, int variant, cudaStream_t stream) {
 
 template <class T, int BITS, bool GROUPED>
 int launch(const Product& p, int variant, cudaStream_t stream) {
-    return p.k >= LONG ? launch<T, BITS, GROUPED, LONG_WARPS>(p, variant, stream)
-                       : launch<T, BITS, GROUPED, SHORT_WARPS>(p, variant, stream);
+    return p.k >= LONG ? launch<T, BITS, GROUPED, LONG_CLASSES>(p, variant, stream)
+                       : launch<T, BITS, GROUPED, SHORT_CLASSES>(p, variant, stream);
 }
 
 template <class T>

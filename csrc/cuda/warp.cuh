@@ -32,6 +32,11 @@ __device__ inline float shfl(float value, int lane) { return __shfl_sync(0xfffff
 
 // ---- Numbers
 
+// A sum and a product that no compiler joins to one instruction with one rounding; `fmaf` is the other.
+__device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
+
+__device__ inline float mul(float a, float b) { return __fmul_rn(a, b); }
+
 __device__ inline float from_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
 template <class T>

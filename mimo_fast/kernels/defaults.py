@@ -22,6 +22,7 @@ class NewPath(Enum):
     CODEC_ROWS = "chunks of several codec streams in one computation"
     CONDITIONAL_GRAPHS = "a group as one conditional graph"
     FUSED_PROMPT_PRODUCTS = "products of prompts that unpack in registers"
+    ROW_TILES = "products of 9 to 256 rows that read a weight once"
 
 
 MEASURED: dict[NewPath, dict[int, str]] = {
@@ -31,6 +32,7 @@ MEASURED: dict[NewPath, dict[int, str]] = {
     NewPath.CODEC_ROWS: {},
     NewPath.CONDITIONAL_GRAPHS: {9: "2026-11-28-h100-overlap.json"},
     NewPath.FUSED_PROMPT_PRODUCTS: {},
+    NewPath.ROW_TILES: {},
 }
 """Major compute capability -> the file of benchmarks/results that shows it right and faster."""
 

@@ -76,7 +76,8 @@ def test_every_part_is_a_command_that_exists(tmp_path: Path, noting: str) -> Non
     # After the tests, what no GPU has run; each study writes where it is told.
     parts = [name for name, fate in gpu_fates.items() if fate.startswith("ok, ")]
     first = [name for name in parts if gpu_fates[name].endswith(", the first time on a GPU")]
-    assert parts[2 : 2 + len(first)] == first == ["study-turns", "study-gemm"]
+    assert parts[2 : 2 + len(first)] == first
+    assert first == ["study-turns", "study-row_tiles", "study-gemm"]
     studies = [name.removeprefix("study-") for name in parts if name.startswith("study-")]
     assert {"engine", "overlap", "products"} <= {*studies}
     for name in studies:

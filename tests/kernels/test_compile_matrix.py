@@ -83,7 +83,7 @@ def test_a_pair_of_int4_is_one_logical_instruction():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("name", ["quantized_mma", "quantized_gemm", "unpack"])
+@pytest.mark.parametrize("name", ["quantized_mma", "quantized_gemm", "row_tiles", "unpack"])
 def test_cuda_kernels_begin_early_and_write_late(name):
     """A trigger and a wait each, nothing written before the wait, memory read 16 bytes at a time
     and, where it is a weight, with the 256 bytes around it."""
@@ -94,7 +94,7 @@ def test_cuda_kernels_begin_early_and_write_late(name):
         before = code[: code.index("ACQBULK")]
         assert not re.findall(r"\b(?:STG|RED|ATOM|ATOMG)\b", before), kernel
         copies = re.findall(r"\bLDGSTS\.[.\w]+", code)
-        if name == "unpack":
+        if name == "unpack" or kernel.startswith("sort_x"):
             assert re.findall(r"\b(?:LDG|STG)\.E\.128\b", code), kernel
             continue
         assert {*copies} == {"LDGSTS.E.BYPASS.LTC256B.128"}, kernel
@@ -104,6 +104,9 @@ def test_cuda_kernels_begin_early_and_write_late(name):
             _, bits, _, _, _, tiles_x, _ = kernel.split()[1:]
             assert len(copies) == int(bits), kernel
             assert len(re.findall(r"\bHMMA\.", code)) == 8 * int(tiles_x), kernel
+        if name == "row_tiles":
+            # T, BITS, GROUPED, WARPS_W, WARPS_X, TILES_X, GROUPS, STAGES; 32 rows of W a warp.
+            assert len(re.findall(r"\bHMMA\.", code)) == 16 * int(kernel.split()[6]), kernel
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,33 @@ def test_a_row_of_a_product_is_the_same_whatever_rows_come_with_it(form, rows):
         assert torch.equal(matmul(x[:m], weight, norm=norm), together[:m])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["int4", "int8", "dense"])
+@pytest.mark.parametrize("shape", [(1024, 1024), (3072, 1024), (22016, 4096), (4096, 11008)])
+def test_tiles_of_rows_give_a_row_the_bits_that_it_has_alone(monkeypatch, form, shape):
+    """By csrc/cuda/row_tiles.cu, in each of its configurations that the device takes."""
+    device, (rows, columns) = torch.device("cuda"), shape
+    if cuda.library() is None:
+        pytest.skip("the CUDA kernels were not built")
+    monkeypatch.setenv(EXPERIMENTAL, "1")
+    weight = random_weight(form, (rows,), columns, torch.bfloat16, device)
+    x, norm = normal(device, 256, columns), RMSNorm(normal(device, columns, seed=1), 1e-6)
+    alone = torch.cat([matmul(row[None], weight, norm=norm) for row in x])
+    for m in (8, 9, 16, 17, 64, 100, 127, 128, 129, 200, 256):
+        assert torch.equal(matmul(x[:m], weight, norm=norm), alone[:m])
+    matrix = weight.blocks[0] if form == "dense" else weight
+    refused = 0
+    for variant in range(1, cuda.library().mimo_fast_row_tiles_variants()):
+        got = torch.full_like(alone, torch.nan)
+        try:
+            cuda.row_tiles(x, matrix, norm, None, False, got, variant=variant)
+        except RuntimeError:
+            refused += 1
+            continue
+        assert torch.equal(got, alone), variant
+    assert refused < 7
+
+
 def shortened(preset: str, layers: int) -> LMConfig:
     """A preset with so many layers in each transformer."""
     config, _ = preset_configs(preset)

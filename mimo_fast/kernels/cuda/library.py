@@ -87,10 +87,20 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     unpack.argtypes = [*[pointer] * 4, *[long] * 2, *[integer] * 4, pointer]
     gemm = loaded.mimo_fast_quantized_gemm
     gemm.argtypes = [*[pointer] * 7, long, *[integer] * 8, pointer]
-    counts = (loaded.mimo_fast_variants, loaded.mimo_fast_gemm_variants)
+    tiles = loaded.mimo_fast_row_tiles
+    tiles.argtypes = [*[pointer] * 9, long, *[integer] * 8, ctypes.c_float, pointer]
+    choice = loaded.mimo_fast_row_tiles_choice
+    choice.argtypes = [*[integer] * 7, ctypes.POINTER(ctypes.c_float)]
+    loaded.mimo_fast_row_tiles_room.argtypes = [integer, integer]
+    loaded.mimo_fast_row_tiles_room.restype = long
+    counts = (
+        loaded.mimo_fast_variants,
+        loaded.mimo_fast_gemm_variants,
+        loaded.mimo_fast_row_tiles_variants,
+    )
     for function in counts:
         function.argtypes = []
-    for function in (product, unpack, gemm, *counts):
+    for function in (product, unpack, gemm, tiles, choice, *counts):
         function.restype = integer
     return loaded
 
@@ -118,10 +128,11 @@ def _runs_on(device: torch.device) -> bool:
     return not _probe(device)
 
 
-def refuses(weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> str:
+def refuses(weight: QuantizedWeight | Tensor, device: torch.device, dtype: torch.dtype) -> str:
     """Why there are no kernels for products with a weight, or "" where there are.
 
-    They take bfloat16 and float16 activations; int4 in groups of 128, int8 by row or in those.
+    They take bfloat16 and float16 activations; int4 in groups of 128, int8 by row or in those. Of
+    dense weights [N, K] they take bfloat16.
     """
     if device.type != "cuda":
         return "x is not on a GPU"
@@ -131,7 +142,20 @@ def refuses(weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -
         return "the CUDA kernels were not built"
     if not _runs_on(device):
         return "this GPU does not run them"
+    if isinstance(weight, Tensor):
+        return refuses_dense(weight, dtype)
     return refuses_form(weight, dtype)
+
+
+def refuses_dense(weight: Tensor, dtype: torch.dtype) -> str:
+    """`refuses` of a dense weight, on any device."""
+    if weight.dtype != torch.bfloat16 or dtype != torch.bfloat16:
+        return f"x is {dtype} and the weight {weight.dtype}, not both bfloat16"
+    if weight.ndim != 2 or not weight.numel() or not weight.is_contiguous():
+        return "the weight is not contiguous [N, K]"
+    if weight.shape[1] % COLUMNS or weight.shape[1] > MAX_COLUMNS:
+        return f"rows of {weight.shape[1]} values are no multiple of {COLUMNS} up to {MAX_COLUMNS}"
+    return "" if weight.data_ptr() % 16 == 0 else "the weight is not aligned to 16 bytes"
 
 
 def refuses_form(weight: QuantizedWeight, dtype: torch.dtype) -> str:
@@ -185,6 +209,71 @@ def quantized_mma(
         )
     _check(error, f"a product of {len(x)} rows")
     return y
+
+
+def row_tiles(
+    x: Tensor,
+    weight: QuantizedWeight | Tensor,
+    norm: RMSNorm | None,
+    residual: Tensor | None,
+    swiglu: bool,
+    y: Tensor,
+    loaded: ctypes.CDLL | None = None,
+    variant: int = 0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`quantized_mma` for more rows, with the same bits of a row; it takes room for a copy of x.
+
+    Args:
+        weight: or a dense one, bfloat16 [N, K], whose rows have the same bits in any number, too.
+        bias: of a dense weight, [N].
+
+    Raises:
+        ValueError: shapes, types, layouts or devices do not fit.
+        RuntimeError: the device refused the launch.
+    """
+    if isinstance(weight, Tensor):
+        if reason := refuses_dense(weight, x.dtype):
+            raise ValueError(f"no kernel reads the weight: {reason}")
+        if bias is not None:
+            _expect(bias, (len(weight),), x, "the bias")
+        parts: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+        parts = (weight, None, None, bias)
+        form = (x.stride(0), len(x), *weight.shape, 16, False)
+    else:
+        _check_weight(weight, x)
+        parts = (weight.words, weight.scales, weight.zeros, weight.bias)
+        form = _shape(x, weight)
+    _check_around(x, parts[0].device, form[2:4], residual, swiglu, y)
+    if norm is not None:
+        _expect(norm.weight, (x.shape[1],), x, "the norm's weight")
+    scale = None if norm is None else _aligned(norm.weight)
+    library = _library(loaded)
+    room = x.new_empty(library.mimo_fast_row_tiles_room(*form[1:4:2]), dtype=torch.uint8)
+    pointers = (x, scale, *parts, residual, y, room)
+    with _current(x):
+        error = library.mimo_fast_row_tiles(
+            *map(_at, pointers),
+            *form,
+            swiglu,
+            x.dtype == torch.float16,
+            variant,
+            0.0 if norm is None else norm.eps,
+            _stream(x),
+        )
+    _check(error, f"a product of {len(x)} rows")
+    return y
+
+
+def row_tiles_choice(
+    loaded: ctypes.CDLL, rows: int, shape: tuple[int, int], bits: int, grouped: bool, swiglu: bool
+) -> tuple[int, float]:
+    """The configuration that `row_tiles` takes for bfloat16, and the clock cycles that it is
+    predicted to take on this device."""
+    cycles = ctypes.c_float()
+    place = ctypes.byref(cycles)
+    chosen = loaded.mimo_fast_row_tiles_choice(rows, *shape, bits, grouped, swiglu, False, place)
+    return int(chosen), cycles.value
 
 
 def gemm_takes(x: Tensor) -> bool:
@@ -296,15 +385,29 @@ def _check_product(
 ) -> None:
     """Raises ValueError unless a product's arguments fit each other."""
     _check_weight(weight, x)
-    rows, columns = weight.shape
+    _check_around(x, weight.words.device, weight.shape, residual, swiglu, y)
+
+
+def _check_around(
+    x: Tensor,
+    device: torch.device,
+    shape: tuple[int, ...],
+    residual: Tensor | None,
+    swiglu: bool,
+    y: Tensor,
+) -> None:
+    """Raises ValueError unless x, y and the residual fit a weight of this device and shape."""
+    rows, columns = shape
+    if x.device != device:
+        raise ValueError(f"the weight is on {device}, not on {x.device}")
     if x.ndim != 2 or (swiglu and rows % 2):
         problem = f"x is {list(x.shape)}, not [M, {columns}], or SwiGLU of {rows} rows"
         raise ValueError(problem)
     _expect(x, (len(x), columns), x, "x", packed=False)
-    shape = len(x), rows // 2 if swiglu else rows
-    _expect(y, shape, x, "y")
+    results = len(x), rows // 2 if swiglu else rows
+    _expect(y, results, x, "y")
     if residual is not None:
-        _expect(residual, shape, x, "the residual")
+        _expect(residual, results, x, "the residual")
 
 
 def _shape(x: Tensor, weight: QuantizedWeight) -> tuple[int, ...]:

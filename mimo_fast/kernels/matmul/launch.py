@@ -67,6 +67,26 @@ def cuda_mma(
     return cuda.quantized_mma(flat, weight, norm, residual, swiglu, y) if y.numel() else y
 
 
+def cuda_tiles(
+    x: Tensor, weight: QuantizedWeight, norm: RMSNorm | None, residual: Tensor | None, swiglu: bool
+) -> Tensor:
+    """x [..., K], of some rows, by csrc/cuda/row_tiles.cu, with the bits of `cuda_mma`."""
+    flat, y, residual = _prepare(x, *weight.shape, norm, residual, swiglu)
+    return cuda.row_tiles(flat, weight, norm, residual, swiglu, y) if y.numel() else y
+
+
+def cuda_dense_tiles(
+    x: Tensor, weight: Weight, norm: RMSNorm | None, residual: Tensor | None, swiglu: bool
+) -> Tensor:
+    """x [..., K], of up to some rows, a weight of one block; by csrc/cuda/row_tiles.cu."""
+    (block,), (bias,) = weight.blocks, weight.biases
+    rows, columns = block.shape
+    flat, y, residual = _prepare(x, rows, columns, norm, residual, swiglu)
+    if not y.numel():
+        return y
+    return cuda.row_tiles(flat, block, norm, residual, swiglu, y, bias=bias)
+
+
 def cuda_fused(
     x: Tensor, weight: QuantizedWeight, _norm: None, residual: Tensor | None, swiglu: bool
 ) -> Tensor:

@@ -15,6 +15,8 @@ gradient, and keeps the answer with the weight. A call compares its rows with at
 | ... 96   | mma                                | unpack, torch's product     | torch's product   |
 | 97 ...   | unpack, torch's product; or fused  | unpack, torch's product     | torch's product   |
 
+Where the new path ROW_TILES is on, 9 to 256 rows of a quantized weight are tiles, with mma's bits,
+and 1 to 256 of a dense one in bfloat16, so that a row has the same bits in any number of these.
 With Triton before 3.7 gemv spills registers on nf4, and dot takes 1 ... 4 rows of it as well.
 """
 
@@ -40,8 +42,10 @@ from mimo_fast.kernels.matmul.launch import (
     GROUPS,
     NORMED_ROWS,
     TABLES_FIT,
+    cuda_dense_tiles,
     cuda_fused,
     cuda_mma,
+    cuda_tiles,
     cuda_unpack_mm,
     dense_blocks_gemv,
     dense_gemv,
@@ -61,6 +65,10 @@ MANY = sys.maxsize
 MMA_ROWS = 96
 """Rows up to which the CUDA mma kernel is used: beyond, unpacking costs less, though more
 launches."""
+
+TILES = range(9, 257)
+"""Rows for which the CUDA kernel with tiles of rows is used: fewer cost the other one what one
+does, and of more arithmetic bounds a product."""
 
 ANY_DTYPE = (torch.float32, torch.bfloat16, torch.float16)
 WIDE_RANGE = (torch.float32, torch.bfloat16)
@@ -106,7 +114,8 @@ class Implementation:
         first, last: rows of x for which it is used.
         norm: dtypes of x in which the norm is inside. residual, swiglu: whether they are; a
             residual alone comes after SwiGLU, so it is inside only where both are.
-        independent: whether a row's bits do not depend on the number of rows.
+        order: a name of the order of a row's sums where it does not depend on the number of rows,
+            else "". Implementations of one order give a row the same bits.
         parted: whether `run` takes x [N, T, K] as N parts with `parts=True`.
     """
 
@@ -118,7 +127,7 @@ class Implementation:
     norm: tuple[torch.dtype, ...] = ()
     residual: bool = False
     swiglu: bool = False
-    independent: bool = False
+    order: str = ""
     parted: bool = False
 
     def refuses(self, setting: Setting) -> str:
@@ -177,11 +186,23 @@ def cuda_takes(setting: Setting) -> str:
     return cuda.refuses(setting.packed, setting.device, setting.dtype)
 
 
-def fused_by_default(setting: Setting) -> str:
-    if setting.packed.bits != 4:
-        return "it is for 4 bits"
-    on = enabled(NewPath.FUSED_PROMPT_PRODUCTS, setting.device)
-    return "" if on else "not shown to be faster on this GPU (kernels/defaults.py)"
+def cuda_takes_dense(setting: Setting) -> str:
+    assert isinstance(setting.weight, Weight)
+    return cuda.refuses(setting.weight.blocks[0], setting.device, setting.dtype)
+
+
+def shown(path: NewPath) -> Requirement:
+    """That a new path is on."""
+
+    def requires(setting: Setting) -> str:
+        on = enabled(path, setting.device)
+        return "" if on else "not shown to be faster on this GPU (kernels/defaults.py)"
+
+    return requires
+
+
+def of_4_bits(setting: Setting) -> str:
+    return "" if setting.packed.bits == 4 else "it is for 4 bits"
 
 
 def native_takes(setting: Setting) -> str:
@@ -228,14 +249,24 @@ BY_CUDA = (*ON_GPU, cuda_takes)
 
 TABLE = (
     Implementation(
-        "CUDA mma", cuda_mma, BY_CUDA, last=MMA_ROWS, norm=WIDE_RANGE, independent=True, **BOTH
+        "CUDA tiles",
+        cuda_tiles,
+        (*BY_CUDA, shown(NewPath.ROW_TILES)),
+        first=TILES.start,
+        last=TILES.stop - 1,
+        norm=WIDE_RANGE,
+        order="units",
+        **BOTH,
+    ),
+    Implementation(
+        "CUDA mma", cuda_mma, BY_CUDA, last=MMA_ROWS, norm=WIDE_RANGE, order="units", **BOTH
     ),
     Implementation(
         "CUDA fused gemm",
         cuda_fused,
-        (*BY_CUDA, fused_by_default),
+        (*BY_CUDA, of_4_bits, shown(NewPath.FUSED_PROMPT_PRODUCTS)),
         first=MMA_ROWS + 1,
-        independent=True,
+        order="blocks",
         **BOTH,
     ),
     Implementation(
@@ -269,6 +300,16 @@ TABLE = (
         first=NORMED_ROWS + 1,
         residual=True,
         parted=True,
+    ),
+    Implementation(
+        "CUDA dense tiles",
+        cuda_dense_tiles,
+        (dense, gpu_kernels, one_block, cuda_takes_dense, shown(NewPath.ROW_TILES)),
+        first=1,
+        last=TILES.stop - 1,
+        norm=WIDE_RANGE,
+        order="units",
+        **BOTH,
     ),
     Implementation(
         "Triton dense gemv",
@@ -364,9 +405,10 @@ class Plan:
     ) -> Tensor:
         """Products of x [N, T, K], each part with the bits that it has alone."""
         parts, rows, _ = x.shape
-        step = self.at(rows)
-        if parts == 1 or (step.implementation.independent and self.at(parts * rows) is step):
-            return step.run(x, weight, norm, residual, swiglu)
+        step, whole = self.at(rows), self.at(parts * rows)
+        order = step.implementation.order
+        if parts == 1 or (order and order == whole.implementation.order):
+            return whole.run(x, weight, norm, residual, swiglu)
         # torch's operations by row on a CPU do not give a value the same bits at every place.
         if step.implementation.parted and x.is_cuda:
             return step.parted(x, weight, (norm, residual, swiglu))

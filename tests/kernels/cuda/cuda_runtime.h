@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <map>
+#include <memory>
 #include <set>
 
 #include <warp.cuh>
@@ -102,12 +103,12 @@ inline void __threadfence_system() {}
 
 inline bool __any_sync(unsigned, bool mine) {
     Warp& warp = own_warp();
-    warp.words[threadIdx.x % 32][0] = mine;
-    warp.all.arrive_and_wait();
-    bool any = false;
-    for (const auto& words : warp.words) any = any || words[0];
-    warp.all.arrive_and_wait();
-    return any;
+    warp.words[own_lane()][0] = mine;
+    meet(warp.all, [&] {
+        warp.greatest = 0;
+        for (const auto& words : warp.words) warp.greatest |= words[0];
+    });
+    return warp.greatest;
 }
 
 // A kernel's arguments are copied when its node is made: a handle, and a structure of seven words.

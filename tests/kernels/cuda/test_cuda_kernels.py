@@ -1,5 +1,5 @@
-"""The CUDA kernels' own source, compiled for the CPU, where the threads of a warp are threads that
-meet at barriers."""
+"""The CUDA kernels' own source, compiled for the CPU, where threads are fibers that go on in an
+order which is drawn (fibers.cuh)."""
 
 import ctypes
 import shutil
@@ -61,15 +61,23 @@ def product(
 
 
 def check(
-    x: Tensor, weight: QuantizedWeight, got: Tensor, norm=None, residual=None, swiglu=False
+    x: Tensor,
+    weight: QuantizedWeight | Tensor,
+    got: Tensor,
+    norm=None,
+    residual=None,
+    swiglu=False,
+    bias=None,
 ) -> None:
     """Within the rounding to bfloat16 of the result and, with a norm, of x times its weight."""
-    wide, dense = x.double(), dequantize(weight).double()
+    if isinstance(weight, QuantizedWeight):
+        weight, bias = dequantize(weight), weight.bias
+    wide, dense = x.double(), weight.double()
     if norm is not None:
         wide = (
             wide / (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
         )
-    want = wide @ dense.T + (0 if weight.bias is None else weight.bias.double())
+    want = wide @ dense.T + (0 if bias is None else bias.double())
     size = (1e-5 + (norm is not None) * ROUNDING) * (wide.abs() @ dense.abs().T)
     if swiglu:
         (gate, up), (gate_size, up_size) = want.chunk(2, -1), size.chunk(2, -1)

@@ -54,7 +54,7 @@ def decoded(
     library, model: Model, x: Tensor, blocks: int = 4, threads: int = 64, seed: int = 1, **settings
 ) -> Tensor:
     """The result, of buffers that hold NaNs before, with a row after it that must stay so."""
-    library.set_seed_of_grid(seed)
+    library.set_seed_of_fibers(seed)
     decoder = Decoder(library, model, len(x))
     assert decoder.run(x, blocks, threads, **settings) == 0
     assert int(decoder.state[32]) == 0
@@ -127,7 +127,7 @@ def test_one_launch_after_the_other_and_tags_that_wrap(emulated):
     decoder.state[0] = 2**16 - 3
     results = []
     for seed in range(3):
-        emulated.set_seed_of_grid(seed)
+        emulated.set_seed_of_fibers(seed)
         assert decoder.run(x, 3, 64) == 0
         results.append(decoder.hidden[:2].clone())
         decoder.hidden.fill_(torch.nan)
@@ -148,7 +148,7 @@ def test_codes_drawn_within(emulated, noisy):
     )
     results = []
     for blocks, threads, seed in ((4, 64, 1), (3, 96, 2)):
-        emulated.set_seed_of_grid(seed)
+        emulated.set_seed_of_fibers(seed)
         decoder = Decoder(emulated, model, 8, heads)
         assert decoder.run(x, blocks, threads) == 0
         results.append((decoder.codes, decoder.hidden[:8]))
@@ -191,7 +191,7 @@ def test_that_these_bugs_are_found(emulated, tmp_path, bug):
     model, x = random_model(DIM, FFN, LAYERS, 4, True, True), given(2)
     want = decoded(emulated, model, x)
     decoder = Decoder(library, model, 2)
-    library.set_seed_of_grid(1)
+    library.set_seed_of_fibers(1)
     error = decoder.run(x, 4, 64)
     if bug == "a piece is not published":
         assert error == STUCK

@@ -63,6 +63,7 @@ def product(kind: str, library: Recorder, given: dict[str, Tensor]) -> None:
     weight = replace(weight, **parts)
     norm, place = RMSNorm(given["norm"], 1e-6), (True, given["y"], loaded)
     cuda.quantized_mma(given["x"], weight, norm, given["residual"], *place)
+    cuda.row_tiles(given["x"], weight, norm, given["residual"], *place)
     cuda.quantized_gemm(given["x"], weight, given["residual"], *place)
 
 
@@ -82,14 +83,37 @@ def refused(kind: str, library: Recorder, given: dict[str, Tensor]) -> bool:
 def test_products(kind):
     library, right = Recorder(), arguments(kind)
     product(kind, library, right)
-    assert library.calls == 2
+    # That with tiles is asked for the room that it takes, too.
+    assert library.calls == 4
     for name, value in right.items():
         for change, changed in wrong(value):
             if (kind, name, change) in RIGHT:
                 continue
             library.calls = 0
             assert refused(kind, library, right | {name: changed}), f"{name}, {change}"
-            # A norm is `quantized_mma`'s alone, which is called first.
+            # A norm is none of `quantized_gemm`'s, which is called last.
+            assert library.calls == 0, f"{name}, {change}"
+
+
+def test_products_with_a_dense_weight():
+    library, right = Recorder(), {name: arguments("int8")[name] for name in ("bias", "x", "norm")}
+    right |= {"weight": random(8, 256), "residual": random(3, 4), "y": random(3, 4)}
+
+    def refused(given: dict[str, Tensor]) -> bool:
+        norm, loaded = RMSNorm(given["norm"], 1e-6), cast(ctypes.CDLL, library)
+        around = (norm, given["residual"], True, given["y"], loaded)
+        try:
+            cuda.row_tiles(given["x"], given["weight"], *around, bias=given["bias"])
+        except ValueError:
+            return True
+        return False
+
+    assert not refused(right)
+    assert library.calls == 2
+    for name, value in right.items():
+        for change, changed in wrong(value):
+            library.calls = 0
+            assert refused(right | {name: changed}), f"{name}, {change}"
             assert library.calls == 0, f"{name}, {change}"
 
 

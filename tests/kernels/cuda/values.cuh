@@ -14,6 +14,7 @@ using cudaStream_t = void*;
 using std::sqrt;
 
 struct uint2 { uint32_t x, y; };
+struct float2 { float x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct dim3 { int x = 1, y = 1; dim3(int x = 1, int y = 1) : x(x), y(y) {} };
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
@@ -22,6 +23,8 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 struct Bfloat16 {};
 struct Float16 {};
 
+inline float add(float a, float b) { return a + b; }
+inline float mul(float a, float b) { return a * b; }
 inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 
 template <int TABLE>
@@ -100,10 +103,11 @@ void multiply_lane(float (&d)[4], const uint32_t (&words)[32][6], int lane) {
     const auto half = [](uint32_t word, int k) { return widen<T>(uint16_t(word >> 16 * (k % 2))); };
     for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        double sum = d[i];
+        // One after the other, so that columns in another place have other bits.
+        float sum = d[i];
         for (int k = 0; k < 16; ++k)
-            sum += double(half(words[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k)) *
+            sum += half(words[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k) *
                    half(words[column * 4 + k % 8 / 2][4 + k / 8], k);
-        d[i] = float(sum);
+        d[i] = sum;
     }
 }

@@ -20,17 +20,20 @@ from mimo_fast.kernels.norm import RMSNorm
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-ROWS = (0, 1, 4, 5, 7, 8, 64, 65, 96, 97, 4096)
+ROWS = (0, 1, 4, 5, 7, 8, 9, 64, 65, 96, 97, 256, 257, 4096)
 
 MMA, FUSED, UNPACK = "CUDA mma", "CUDA fused gemm", "CUDA unpack + mm"
+TILES, DENSE_TILES = "CUDA tiles", "CUDA dense tiles"
 GEMV, DOT, TRITON = "Triton gemv", "Triton dot", "Triton unpack + mm"
 DENSE_GEMV, BLOCKS, DENSE = "Triton dense gemv", "Triton dense gemv by block", "torch dense"
 NATIVE, PACKED, UNPACKED, WIDE = "CPU native", "torch packed", "torch unpacked", "torch widened"
 
 ON_CUDA = ((96, MMA), (None, UNPACK))
-ON_CUDA_FUSED = ((96, MMA), (None, FUSED))
+ON_CUDA_NEW = ((8, MMA), (256, TILES), (None, UNPACK))
+ON_CUDA_FUSED = ((8, MMA), (256, TILES), (None, FUSED))
 ON_TRITON = ((4, GEMV), (64, DOT), (None, TRITON))
 ON_DENSE = ((0, DENSE), (4, DENSE_GEMV), (None, DENSE))
+ON_DENSE_NEW = ((0, DENSE), (256, DENSE_TILES), (None, DENSE))
 ON_BLOCKS = ((0, DENSE), (4, BLOCKS), (None, DENSE))
 ON_TORCH = ((0, UNPACKED), (64, PACKED), (None, UNPACKED))
 
@@ -60,7 +63,7 @@ EXPECTED = {
     ("blocks", CPU, FP32, "triton", ""): ON_BLOCKS,
     ("int4", GPU, BF16, "", ""): ON_CUDA,
     ("int4", GPU, BF16, "", "1"): ON_CUDA_FUSED,
-    ("int8", GPU, BF16, "", "1"): ON_CUDA,
+    ("int8", GPU, BF16, "", "1"): ON_CUDA_NEW,
     ("int8-g128", GPU, BF16, "", ""): ON_CUDA,
     ("int4", GPU, FP16, "", ""): ON_TRITON,
     ("int4 fp16", GPU, FP16, "", ""): ON_CUDA,
@@ -72,6 +75,9 @@ EXPECTED = {
     ("int4", GPU, BF16, "triton", "1"): ON_TRITON,
     ("int4", GPU, BF16, "torch", "1"): ((None, UNPACKED),),
     ("dense", GPU, BF16, "", ""): ON_DENSE,
+    ("dense", GPU, BF16, "", "1"): ON_DENSE_NEW,
+    ("dense", GPU, FP16, "", "1"): ON_DENSE,
+    ("blocks", GPU, BF16, "", "1"): ON_BLOCKS,
     ("blocks", GPU, FP16, "", ""): ON_BLOCKS,
     ("dense", GPU, BF16, "torch", ""): ((None, DENSE),),
 }
@@ -124,7 +130,7 @@ def test_the_plan_is_what_the_rules_were(machine, case):
 
 
 INSIDE = dict.fromkeys((GEMV, DENSE_GEMV, BLOCKS, NATIVE), (FP32, BF16, FP16))
-INSIDE |= dict.fromkeys((MMA, DOT), (FP32, BF16))
+INSIDE |= dict.fromkeys((TILES, DENSE_TILES, MMA, DOT), (FP32, BF16))
 INSIDE |= dict.fromkeys((FUSED, UNPACK, TRITON, PACKED, DENSE), ())
 
 
@@ -186,7 +192,7 @@ def test_explanations_name_everything_that_was_passed_over():
     name, passed_over = explain(weight_of("nf4", BF16), CPU, BF16, 1)
     assert name == UNPACKED
     named = {each for names in passed_over.values() for each in names}
-    assert named == {MMA, FUSED, UNPACK, GEMV, DOT, TRITON, NATIVE, PACKED}
+    assert named == {TILES, MMA, FUSED, UNPACK, GEMV, DOT, TRITON, NATIVE, PACKED}
     assert all(passed_over)
 
 
@@ -198,3 +204,26 @@ def test_a_triton_that_spills_on_tables_multiplies_few_rows_by_dot(machine, name
     made = plan(weight_of(name, BF16), GPU, BF16)
     names = [made.at(rows).implementation.name for rows in (0, 1, 4, 5, 64, 65)]
     assert names == [first] * 3 + [DOT] * 2 + [TRITON]
+
+
+@pytest.mark.parametrize(
+    ("parts", "rows", "calls"), [(3, 4, 1), (2, 9, 1), (20, 9, 1), (3, 100, 3)]
+)
+def test_parts_are_one_product_where_their_order_of_sums_is_that_of_all(
+    machine, parts, rows, calls
+):
+    """Tiles and mma share one; a library's product has none that is known."""
+    machine.setenv("MIMO_FAST_EXPERIMENTAL", "1")
+    machine.setenv("MIMO_FAST_KERNELS", "")
+    made = plan(weight_of("int8", BF16), GPU, BF16)
+    called = []
+
+    def run(x, *around):
+        called.append(x.shape)
+        return x[..., :64]
+
+    steps = (replace(s, implementation=replace(s.implementation, run=run)) for s in made.steps)
+    counted = replace(made, steps=tuple(steps))
+    x = torch.randn(parts, rows, 256, dtype=BF16)
+    assert torch.equal(counted.by_part(x, weight_of("int8", BF16)), x[..., :64])
+    assert len(called) == calls
