@@ -623,8 +623,8 @@ class MimoAudio:
             AudioError: the audio cannot be read.
             PromptError: the model has no tag for the language.
         """
-        limits = {"max_new_tokens": max_new_tokens, "language": language}
-        return transcript_of(self.transcript(audio, template, seed, **limits))
+        how = audio, template, seed, LONG_PAUSE, max_new_tokens, language
+        return transcript_of(self.transcript(*how))
 
     def transcript(
         self,
@@ -639,8 +639,8 @@ class MimoAudio:
 
         waits: seconds of silence after which a piece is transcribed; less of it for live speech.
         """
-        how = {"max_new_tokens": max_new_tokens, "language": language}
-        return TranscriptStream(self.pipeline, audio, template, seed, waits, **how)
+        how = template, seed, waits, max_new_tokens
+        return TranscriptStream(self.pipeline, audio, *how, language=language)
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: everything runs in worker threads."""

@@ -158,8 +158,7 @@ def start_piece(
     language: str | None = None,
 ) -> PieceReply:
     """`start_pieces` of one."""
-    how = {"samplers": samplers, "language": language}
-    (work,) = start_pieces(pipeline, [piece], template, seed, **how)
+    (work,) = start_pieces(pipeline, [piece], template, seed, None, samplers, language)
     return work
 
 
