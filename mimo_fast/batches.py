@@ -46,7 +46,7 @@ RECORD = "results.jsonl"
 TRANSCRIBE = "transcribe"
 """Besides the tasks of `MimoAudio.stream`: recordings of any length, as `MimoAudio.transcript`."""
 
-TRANSCRIBE_OPTIONS = frozenset({"template", "max_new_tokens"})
+TRANSCRIBE_OPTIONS = frozenset({"template", "max_new_tokens", "language"})
 
 MOST_SEED = 2**63
 

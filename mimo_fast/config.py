@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
+from mimo_fast.architectures import MIMO_AUDIO, Architecture, architecture_of
 from mimo_fast.arguments import checked
 from mimo_fast.errors import ConfigError
 from mimo_fast.json_files import read_json as read_json
@@ -162,6 +163,9 @@ class LMConfig:
     reply_limits: tuple[tuple[str, float, float], ...] = field(default=(), repr=False)
     """A task, by the same keys; groups; and groups more a second that is heard: where a reply ends
     by default. Without one it is where the context does."""
+    architecture: Architecture = field(default=MIMO_AUDIO, repr=False)
+    dtype: str | None = field(default=None, repr=False)
+    """That its weights are to be computed in, as the checkpoint states."""
 
     @property
     def patch_steps(self) -> int:
@@ -198,6 +202,7 @@ class LMConfig:
 
         local_dim, local_ffn = read.integer("local_dim"), read.integer("local_ffn_dim")
         input_dim = read.integer("input_local_dim", default=local_dim)
+        architecture = architecture_of(read.names("architectures"))
         config = cls(
             vocab_size=read.integer("vocab_size"),
             backbone=TransformerConfig(
@@ -224,9 +229,11 @@ class LMConfig:
             sentences_at_once=read.integer("sentences_at_once", default=0),
             words_at_once=read.integer("words_at_once", default=0),
             seconds_at_once=read.integer("seconds_at_once", default=0),
-            trained_tasks=read.names("trained_tasks"),
+            trained_tasks=read.names("trained_tasks") or architecture.tasks,
             confidence=read.calibrations("confidence"),
             reply_limits=read.limits("reply_limits"),
+            architecture=architecture,
+            dtype=read.dtype(),
         )
         config._check(source)
         return config
@@ -267,6 +274,9 @@ RopeFrequencies = Literal["exact", "bfloat16"]
 Upstream casts its codec to bfloat16 with its buffers, so its published figures are those of rounded
 frequencies, whatever the arithmetic after them is.
 """
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Types that weights are computed in, by torch's names."""
 
 ROPE_FREQUENCIES: tuple[RopeFrequencies, ...] = get_args(RopeFrequencies)
 
@@ -502,7 +512,7 @@ class _Reader:
         raise self._wrong(key, "two pairs of mean and positive variance")
 
     def names(self, key: str) -> tuple[str, ...]:
-        """A list of names; the key is this project's, empty if it is missing."""
+        """A list of names; empty if the key is missing."""
         value = self.raw.get(key) or []
         if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
             raise self._wrong(key, "a list of names")
@@ -566,6 +576,16 @@ class _Reader:
         if not isinstance(nested, Mapping):
             raise self._wrong("rope_parameters", "an object")
         return _Reader({**self.raw, **nested}, self.source).number("rope_theta")
+
+    def dtype(self) -> str | None:
+        """The dtype that is stated, by the key of transformers 5 or that of 4; None if it is not.
+
+        A name that is no type of weights is as good as none.
+        """
+        for key in ("dtype", "torch_dtype"):
+            if (value := self.raw.get(key)) in DTYPES:
+                return str(value)
+        return None
 
     def one_of(self, key: str, known: tuple[Choice, ...]) -> Choice | None:
         """One of some names; the key is this project's, None if it is missing."""

@@ -604,6 +604,7 @@ class MimoAudio:
         template: Template = None,
         seed: int | None = None,
         max_new_tokens: int | None = None,
+        language: str | None = None,
     ) -> Transcript:
         """A recording of any length in words, with the times of what was said.
 
@@ -615,11 +616,15 @@ class MimoAudio:
                 at the codec's sample rate.
             template: a wording of the request, its index, or None for one drawn by the seed.
             max_new_tokens: groups of each piece; by default what its seconds can hold.
+            language: that is spoken, "en", "english", "zh" or "chinese", where the model has
+                language tags, as MiMo-V2.5-ASR does; None leaves it to the model.
 
         Raises:
             AudioError: the audio cannot be read.
+            PromptError: the model has no tag for the language.
         """
-        return transcript_of(self.transcript(audio, template, seed, max_new_tokens=max_new_tokens))
+        how = audio, template, seed, LONG_PAUSE, max_new_tokens, language
+        return transcript_of(self.transcript(*how))
 
     def transcript(
         self,
@@ -628,12 +633,14 @@ class MimoAudio:
         seed: int | None = None,
         waits: float = LONG_PAUSE,
         max_new_tokens: int | None = None,
+        language: str | None = None,
     ) -> TranscriptStream:
         """`transcribe` whose segments come as soon as they are known.
 
         waits: seconds of silence after which a piece is transcribed; less of it for live speech.
         """
-        return TranscriptStream(self.pipeline, audio, template, seed, waits, max_new_tokens)
+        how = template, seed, waits, max_new_tokens
+        return TranscriptStream(self.pipeline, audio, *how, language=language)
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: everything runs in worker threads."""
@@ -670,9 +677,13 @@ class MimoAudio:
             **options,
         )
 
-    def asr_sft(self, audio: Audio, **options: Unpack[Options]) -> str:
-        """Transcribes a recording."""
-        return self._run("asr_sft", [audio], options)
+    def asr_sft(self, audio: Audio, audio_tag: str = "", **options: Unpack[Options]) -> str:
+        """Transcribes a recording.
+
+        audio_tag: "<chinese>" or "<english>", which tells MiMo-V2.5-ASR the language; "" leaves it
+        to the model, and is all that MiMo-Audio takes.
+        """
+        return self._run("asr_sft", [audio, audio_tag], options)
 
     def tts_sft(
         self,
@@ -783,15 +794,16 @@ class MimoAudio:
     def get_asr_sft_prompt(
         self,
         input: Audio | None = None,
+        audio_tag: str = "",
         template: Template = None,
         seed: int | None = None,
         special_tokens: bool = False,
     ) -> Tensor:
-        """Raises PromptError without a recording."""
+        """Raises PromptError without a recording, and for a tag that the model does not have."""
         if input is None:
             raise PromptError("get_asr_sft_prompt needs a recording")
         context = self.pipeline.context(seed, special_tokens=special_tokens)
-        return self._prompt(tasks.asr(context, input, template))
+        return self._prompt(tasks.asr(context, input, audio_tag, template))
 
     def get_tts_sft_prompt(
         self,

@@ -12,7 +12,16 @@ import mimo_fast
 PACKAGE = Path(__file__).parents[1] / "mimo_fast"
 
 ROOMS = (
-    *("_native", "errors", "arguments", "modes", "process", "json_files", "config"),
+    *(
+        "_native",
+        "errors",
+        "arguments",
+        "modes",
+        "process",
+        "json_files",
+        "architectures",
+        "config",
+    ),
     *("audio", "text", "checkpoint", "kernels", "sampling", "quantization"),
     *("runtime.device", "runtime.lm", "runtime.codec", "runtime.engine", "runtime"),
     *("generation", "upstream", "acceleration", "history", "mimo_audio", "batches", ""),

@@ -140,7 +140,7 @@ class Examples:
         """The transcription of one utterance."""
         codes = self._codes[part]
         speech = Heard(codes.get(index), text=codes.text(index), phones=codes.phones(index))
-        request = tasks.asr(PromptContext(), speech, template)
+        request = tasks.asr(PromptContext(), speech, template=template)
         return self._example(request, [speech.text, "<|im_end|>"])
 
     def reading(

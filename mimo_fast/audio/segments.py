@@ -140,6 +140,22 @@ class _Cut:
         return Piece(self.start, self.end, first, tuple(again))
 
 
+def parts_of(wav: Tensor, size: int, least: int) -> list[Tensor]:
+    """A waveform [n] as parts of `size` samples, to be encoded each by itself, and the rest.
+
+    A rest of less than `least` belongs to the part before it; a recording of less gets zeros at its
+    end (upstream `preprocess_input` of MiMo-V2.5-ASR). One without samples stays as it is.
+    """
+    if 0 < len(wav) < least:
+        return [F.pad(wav, (0, least - len(wav)))]
+    count = len(wav) // size
+    sizes = [size] * count + ([len(wav) - count * size] if len(wav) % size else [])
+    if len(sizes) > 1 and sizes[-1] < least:
+        rest = sizes.pop()
+        sizes[-1] += rest
+    return [*wav.split(sizes)] if sizes else [wav]
+
+
 class _Detector:
     """Waveform at any rate, in parts -> probabilities of speech every FRAME samples at 16 kHz."""
 

@@ -76,7 +76,7 @@ def _transcribe_all(args: argparse.Namespace, waiting: list[Path], failed: int) 
                 _spool(file)
             files.append(file)
         model = load_model(args, max_batch=args.streams)
-        limits = {"max_new_tokens": args.max_tokens}
+        limits = {"max_new_tokens": args.max_tokens, "language": args.language}
         where = args.output, args.seed, SUFFIXES[args.format]
         folder, seed, suffix = where if args.targets else (None, args.seed, None)
         # What is there already is not among them.
@@ -154,12 +154,13 @@ def _transcribe(
     limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}
     if isinstance(recording, Tensor):
         prefix = f"{name_of(path)}: " if len(args.audio) > 1 else ""
-        print_text(model, args, model.stream("asr", recording, **limits), prefix)
+        tag = model.lm.config.architecture.tag_of(args.language)
+        print_text(model, args, model.stream("asr", recording, tag, **limits), prefix)
         return
     target: Path | None = args.targets.get(path)
     shows = target is None and args.format == "text"
     with _progress(_seconds(recording), shows) as bar:
-        stream = model.transcript(recording, **limits)
+        stream = model.transcript(recording, language=args.language, **limits)
         segments = list[TranscriptSegment]()
         with closing(stream):
             for segment in _printed(stream) if shows else stream:
@@ -268,9 +269,8 @@ def _listen(args: argparse.Namespace) -> int:
         # What is said meanwhile is kept.
         model = load_model(args, max_batch=1)
         say("listening; Ctrl-C ends it")
-        stream = model.transcript(
-            blocks, seed=args.seed, waits=LIVE_WAIT, max_new_tokens=args.max_tokens
-        )
+        how = {"waits": LIVE_WAIT, "max_new_tokens": args.max_tokens, "language": args.language}
+        stream = model.transcript(blocks, seed=args.seed, **how)
         segments = list[TranscriptSegment]()
         with closing(stream):
             for segment in stream:

@@ -22,13 +22,13 @@ from mimo_fast.cli.arguments import STANDARD
 from mimo_fast.cli.playing import Aloud
 from mimo_fast.cli.process import StandardStream, written
 from mimo_fast.cli.reports import say
-from mimo_fast.cli.trained import untrained
+from mimo_fast.cli.trained import check_asked, untrained
 from mimo_fast.config import PathLike
 from mimo_fast.errors import MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.engine.sequence import in_seconds
 from mimo_fast.runtime.engine.stream import Chunk, Listening
-from mimo_fast.runtime.loading import LoadOptions, find_device
+from mimo_fast.runtime.loading import LoadOptions, find, find_device, open_lm
 from mimo_fast.text.spelling import spell
 
 SAMPLE_RATE = 24000
@@ -76,6 +76,8 @@ def load_model(
     if Path(lm).parent != NANO:
         say(f"loading {lm} and {codec}")
     options, chosen = load_options(args, max_batch), quantization or args.quantization
+    # Before its weights are read.
+    check_asked(open_lm(find(lm, options))[0], args)
     model = MimoAudio(lm, codec, device, dtype=args.dtype, quantization=chosen, **options)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(model.lm.config))

@@ -159,6 +159,8 @@ def build_parser() -> argparse.ArgumentParser:
     asr.add_argument("--overwrite", action="store_true", help=again)
     one = "upstream's one pass over a whole recording [cut at pauses, levels set]"
     asr.add_argument("--whole", action="store_true", help=one)
+    spoken = "what is spoken, en or zh, for a model with language tags [the model hears it]"
+    asr.add_argument("--language", metavar="CODE", help=spoken)
     at_once = "pieces transcribed at once [4, or as many as fit]"
     asr.add_argument("--streams", type=positive, metavar="N", help=at_once)
     _add_prepare(asr, note=" for --whole; pieces always are")
@@ -229,6 +231,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint", type=path, required=True, metavar="DIR", help="folder with lm/ and codec/"
     )
     check.add_argument("--golden", type=path, required=True, metavar="DIR", help="the parity kit")
+    beside = "audio tokenizer [codec/ in the checkpoint's folder]"
+    check.add_argument("--codec", type=path, metavar="DIR", help=beside)
     _add_codec_rope(check, "what the golden folder states")
     _add_device_options(check)
 

@@ -1,4 +1,4 @@
-"""A remark where a command asks a checkpoint for what it states that it was not trained for."""
+"""What a checkpoint cannot do for a command, and what it states that it was not trained for."""
 
 import argparse
 
@@ -11,6 +11,7 @@ TASKS = {
     "chat": "spoken_dialogue_sft",
     "talk": "spoken_dialogue_sft",
     "carry_on": "speech_continuation",
+    "demo": "tts_sft",
 }
 """The task of each command's module."""
 
@@ -27,11 +28,17 @@ OPTIONS = {
 COMMANDS = {"carry_on": "continue"}
 
 
+def check_asked(config: LMConfig, args: argparse.Namespace) -> None:
+    """Raises PromptError for a command or a language that the checkpoint cannot serve."""
+    _, task = _asked(args)
+    if task is not None:
+        config.architecture.check_task(task)
+    config.architecture.tag_of(getattr(args, "language", None))
+
+
 def untrained(config: LMConfig, args: argparse.Namespace) -> str | None:
     """What a command asks for and its checkpoint was not trained for; None where it was."""
-    command, task = COMMANDS.get(args.module, args.module), TASKS.get(args.module)
-    if args.module == "chat" and args.text:
-        command, task = "chat --text", "text_dialogue_sft"
+    command, task = _asked(args)
     if task is None:
         return None
     if not config.is_trained(task):
@@ -42,3 +49,10 @@ def untrained(config: LMConfig, args: argparse.Namespace) -> str | None:
         if getattr(args, option, None) and not config.is_trained(task, name)
     ]
     return f"{command} with {' and '.join(options)}" if options else None
+
+
+def _asked(args: argparse.Namespace) -> tuple[str, str | None]:
+    """A command's name, and its task; None where it has none of its own."""
+    if args.module == "chat" and args.text:
+        return "chat --text", "text_dialogue_sft"
+    return COMMANDS.get(args.module, args.module), TASKS.get(args.module)

@@ -5,12 +5,13 @@ import argparse
 from mimo_fast.cli.reports import say
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.loading import find_device
-from mimo_fast.testing.parity import Golden, verify
+from mimo_fast.testing.asr_parity import open_golden
+from mimo_fast.testing.parity import verify
 
 
 def run(args: argparse.Namespace) -> int:
-    golden = Golden(args.golden, args.checkpoint)
-    pair, dtype = (args.checkpoint / "lm", args.checkpoint / "codec"), args.dtype or "float32"
+    pair = args.checkpoint / "lm", args.codec or args.checkpoint / "codec"
+    golden, dtype = open_golden(args.golden, args.checkpoint, pair[1]), args.dtype or "float32"
     rope = args.codec_rope or golden.rope_frequencies
     model = MimoAudio(*pair, find_device(args.device), dtype=dtype, codec_rope=rope)
     print(f"{'stage':<15}{'largest error':>14}{'bound':>10}  {'unit':<9} {'compared':>8}  worst")

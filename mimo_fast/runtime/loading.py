@@ -119,8 +119,9 @@ def load_parts(
     _check_pair(lm_config, codec_config)
     tokenizer = Tokenizer.from_directory(lm_dir)
     tokenizer.check_vocab(lm_config.vocab_size)
-    # Norms are never quantized: their type is the checkpoint's.
-    chosen, own_dtype = parse_dtype(dtype), lm_weights.dtype("model.norm.weight")
+    # Norms are never quantized: their type is the checkpoint's, unless the config states another.
+    chosen, stored_dtype = parse_dtype(dtype), lm_weights.dtype("model.norm.weight")
+    own_dtype = parse_dtype(lm_config.dtype) or stored_dtype
     if chosen is None and target.type == "cuda":
         chosen = torch.bfloat16
     elif chosen is None and target.type == "cpu" and own_dtype in (torch.float16, torch.float64):
@@ -139,6 +140,8 @@ def load_parts(
     setup = replace(
         setup,
         mapped=target.type == "cpu",
+        converted=lm_dtype != stored_dtype,
+        codec_converted=codec_dtype != codec_weights.dtype("encoder.conv1.weight"),
         graphs=graphs,
         prompt_graphs=captured,
         encoder_graphs=encodes,

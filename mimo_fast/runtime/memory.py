@@ -49,6 +49,8 @@ class Setup:
         offload: Parts in host memory, of OFFLOADABLE.
         mapped: Whether dense weights stay in their memory-mapped file, which a CPU reads in place
             and the system can evict.
+        converted, codec_converted: Whether dense weights have another type there, and so are
+            copied.
         graphs: Whether it decodes with CUDA graphs; the states of codec streams then stay
             allocated.
         prompt_graphs, encoder_graphs: Whether prompts, and encodes of recordings, are captured as
@@ -66,6 +68,8 @@ class Setup:
     kv_cache: str | None = None
     offload: frozenset[str] = frozenset()
     mapped: bool = False
+    converted: bool = False
+    codec_converted: bool = False
     graphs: bool = False
     prompt_graphs: bool = False
     encoder_graphs: bool = False
@@ -90,15 +94,15 @@ class Setup:
         shapes = lm_shapes(self.lm)
         if "text_embeddings" in self.offload and not self.lm.tie_embeddings:
             del shapes["model.embed_tokens.weight"]
-        return self._stored(shapes, self.formats, self.dtype)
+        return self._stored(shapes, self.formats, self.dtype, self.converted)
 
     def _codec(self) -> int:
         shapes = codec_shapes(self.codec)
         books = {name: shapes.pop(name) for name in list(shapes) if "_codebook." in name}
         if "codec_encoder" in self.offload:
             shapes = {name: at for name, at in shapes.items() if not name.startswith("encoder.")}
-        weights = self._stored(shapes, self.codec_formats, self.codec_dtype)
-        return self._stored(books, {}, torch.float32) + weights + self._streams()
+        weights = self._stored(shapes, self.codec_formats, self.codec_dtype, self.codec_converted)
+        return self._stored(books, {}, torch.float32, False) + weights + self._streams()
 
     def _streams(self) -> int:
         if not self.graphs or not streamable(self.codec):
@@ -111,8 +115,10 @@ class Setup:
         )
         return (self.max_batch + 1) * sum(rows)
 
-    def _stored(self, shapes: Shapes, formats: Mapping[str, Format], dtype: torch.dtype) -> int:
-        if self.mapped:
+    def _stored(
+        self, shapes: Shapes, formats: Mapping[str, Format], dtype: torch.dtype, converted: bool
+    ) -> int:
+        if self.mapped and not converted:
             shapes = {name: shapes[name] for name in formats if name in shapes}
         stored = stored_tensors(shapes, formats, dtype).values()
         return sum(math.prod(shape) * kind.itemsize for shape, kind in stored)

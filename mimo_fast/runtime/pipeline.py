@@ -8,13 +8,14 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mimo_fast.audio.files import AudioSource, load_audio
-from mimo_fast.audio.segments import prepare_speech
+from mimo_fast.audio.segments import parts_of, prepare_speech
 from mimo_fast.errors import PromptError
 from mimo_fast.process import FreedWhenClosed, Owner
 from mimo_fast.runtime.codec.finite import checked_codes
@@ -76,6 +77,13 @@ class Waiting(NamedTuple):
 def _check_patches(frames: int) -> None:
     if not frames:
         raise PromptError("the audio is shorter than one patch of 160 ms: nothing to continue")
+
+
+def _mean_loss(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
+    """What the codes of parts lose: of normalized frames, each has the same share."""
+    frames = sum(codes.shape[1] for codes, _ in parts)
+    losses = [loss * (codes.shape[1] / frames) for codes, loss in parts if loss is not None]
+    return torch.stack(losses).sum() if losses else None
 
 
 @dataclass(eq=False, repr=False)
@@ -199,37 +207,57 @@ class Pipeline(FreedWhenClosed):
         load = prepare_speech if self.prepares else load_audio
         return load(audio, self.codec.sample_rate)
 
+    def _parts(self, wav: Tensor) -> list[Tensor]:
+        """What of a waveform [n] is encoded by itself, see `Architecture.part_seconds`."""
+        seconds, config = self.lm.config.architecture.part_seconds, self.codec.config
+        if seconds is None:
+            return [wav]
+        return parts_of(wav, seconds * config.sample_rate, config.n_fft)
+
     def _encoded(self, wav: Tensor, closed: bool) -> Speech:
         channels = self.lm.config.channels
-        loss: Tensor | None
-        if self.lm.config.confidence and self.codec.encoder_graphs is None:
-            codes, loss = self.codec.encode_measured(wav, channels)
-        else:
-            codes, loss = self.codec.encode(wav, channels), self._loss(wav)
-        return self._encoded_speech(Waiting(wav, closed), codes, loss)
+
+        def encode(part: Tensor) -> tuple[Tensor, Tensor | None]:
+            if self.lm.config.confidence and self.codec.encoder_graphs is None:
+                return self.codec.encode_measured(part, channels)
+            return self.codec.encode(part, channels), self._loss(part)
+
+        parts = [encode(part) for part in self._parts(wav)]
+        return self._encoded_speech(Waiting(wav, closed), parts)
 
     def _encoded_together(self, waiting: Sequence[Waiting]) -> list[Speech | Exception]:
         """`_encoded` of several recordings; an error is that recording's own."""
-        waves, channels = [each.wav for each in waiting], self.lm.config.channels
+        cut, channels = [self._parts(each.wav) for each in waiting], self.lm.config.channels
+        waves = [part for parts in cut for part in parts]
         found: Sequence[Tensor | tuple[Tensor, Tensor] | Exception]
         if self.lm.config.confidence and self.codec.encoder_graphs is None:
             found = self.codec.encode_measured_together(waves, channels)
         else:
             found = self.codec.encode_together(waves, channels)
 
-        def speech(
-            recording: Waiting, encoded: Tensor | tuple[Tensor, Tensor] | Exception
-        ) -> Speech:
-            if isinstance(encoded, Exception):
-                raise encoded
-            loss = self._loss(recording.wav) if isinstance(encoded, Tensor) else encoded[1]
-            codes = encoded if isinstance(encoded, Tensor) else encoded[0]
-            return self._encoded_speech(recording, codes, loss)
+        encoded = iter(zip(waves, found, strict=True))
 
-        return [attempt(partial(speech, *pair)) for pair in zip(waiting, found, strict=True)]
+        def measured(
+            part: Tensor, each: Tensor | tuple[Tensor, Tensor] | Exception
+        ) -> tuple[Tensor, Tensor | None]:
+            if isinstance(each, Exception):
+                raise each
+            return (each, self._loss(part)) if isinstance(each, Tensor) else each
 
-    def _encoded_speech(self, recording: Waiting, codes: Tensor, loss: Tensor | None) -> Speech:
+        def speech(recording: Waiting, own: Sequence[Any]) -> Speech:
+            return self._encoded_speech(recording, [measured(*each) for each in own])
+
+        owned = [[*islice(encoded, len(parts))] for parts in cut]
+        return [attempt(partial(speech, *pair)) for pair in zip(waiting, owned, strict=True)]
+
+    def _encoded_speech(
+        self, recording: Waiting, parts: Sequence[tuple[Tensor, Tensor | None]]
+    ) -> Speech:
+        """Speech of a recording from the codes of its parts, and what they lose."""
         wav, closed = recording
+        (codes, loss), *others = parts
+        if others:
+            codes, loss = torch.cat([each for each, _ in parts], dim=1), _mean_loss(parts)
         codes = checked_codes(self.codec, codes.cpu(), wav)
         codes = whole_patches(codes, self.lm.config.group_size, closed)
         _check_patches(codes.shape[1])
@@ -305,13 +333,18 @@ class Pipeline(FreedWhenClosed):
         """Speech that is being encoded by graph; None where no graph takes it."""
         if self.codec.encoder_graphs is None or not self._prefills:
             return None
-        pending = self.codec.encode_later(wav, self.lm.config.channels)
+        parts = self._parts(wav)
+        # No graph takes more than a part.
+        # No graph is as long as a part.
+        if len(parts) > 1:
+            return None
+        pending = self.codec.encode_later(parts[0], self.lm.config.channels)
         if pending is None:
             return None
         pending.frames = whole_frames(pending.frames, self.lm.config.group_size, closed)
         _check_patches(pending.frames)
         pending.check = lambda codes: checked_codes(self.codec, codes, wav)
-        return PendingSpeech(pending, closed, self._loss(wav))
+        return PendingSpeech(pending, closed, self._loss(parts[0]))
 
     @property
     def _prefills(self) -> bool:
@@ -334,7 +367,8 @@ class Pipeline(FreedWhenClosed):
         drawn = seed.templates if isinstance(seed, DrawnSeed) else seed
         seed, words = None if drawn is None else check_seed(drawn), self.tokenizer.trained_words
         encode = partial(self.speech_later, gathers=gathers)
-        return PromptContext(encode, words, seed, continued, special_tokens)
+        architecture = self.lm.config.architecture
+        return PromptContext(encode, words, seed, continued, special_tokens, architecture)
 
     def ids(self, segments: Iterable[Segment]) -> Tensor:
         """Segments -> ids [C + 1, T G] on the CPU."""
@@ -464,4 +498,6 @@ class Pipeline(FreedWhenClosed):
         elif (bounds := self.tokenizer.think_ids) and not speaks:
             thinks = [token for token in text if token in bounds]
             shown = frozenset(bounds[1:] if thinks[-1:] == [bounds[0]] else ())
-        return ReplyReader(self.tokenizer, text[-1] in (special.sostm, special.empty), shown)
+        speaking = text[-1] in (special.sostm, special.empty)
+        tags = tuple(tag for _, tag in self.lm.config.architecture.tags)
+        return ReplyReader(self.tokenizer, speaking, shown, tags)

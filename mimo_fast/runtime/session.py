@@ -105,6 +105,7 @@ class Session:
         samplers: Samplers | None = None,
         special_tokens: bool = False,
     ) -> None:
+        pipeline.lm.config.architecture.check_task("spoken_dialogue_sft")
         self._pipeline, self._system_prompt = pipeline, system_prompt
         self._special_tokens = special_tokens
         self._samplers = samplers or pipeline.samplers(TASK.sampler)

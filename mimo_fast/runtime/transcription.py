@@ -25,8 +25,7 @@ from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.pipeline import Pipeline, check_limits
 from mimo_fast.sampling import one_seed
 from mimo_fast.text.prompt import Speech
-from mimo_fast.text.tasks import TASKS, Template, choose_template
-from mimo_fast.text.templates import ASR_TEMPLATES
+from mimo_fast.text.tasks import TASKS, Template, asr_templates, choose_template
 from mimo_fast.text.transcript import Transcript, TranscriptSegment, join
 
 TASK = TASKS["asr_sft"]
@@ -124,18 +123,20 @@ def start_pieces(
     seed: int | None = None,
     max_new_tokens: int | None = None,
     samplers: Samplers | None = None,
+    language: str | None = None,
 ) -> Iterator[PieceReply]:
     """Encodes pieces together and queues their transcripts; no other thing is computed before their
     first step.
 
     Args:
-        template, max_new_tokens: as those of `TranscriptStream`.
+        template, max_new_tokens, language: as those of `TranscriptStream`.
         samplers: of the words; None for those of the task.
     """
     rate, stops = pipeline.codec.sample_rate, TASK.stop_ids(pipeline.tokenizer.special)
+    tag = pipeline.lm.config.architecture.tag_of(language)
 
     def hear(most: int, speech: Speech) -> Hearing:
-        prompt = TASK.prompt(pipeline.context(seed), speech, template)
+        prompt = TASK.prompt(pipeline.context(seed), speech, tag, template)
         packed, sequence = pipeline.packed(prompt, TASK.sampler), pipeline.sequence(seed)
         sequence.add(packed)
         how = samplers or pipeline.samplers(TASK.sampler), stops, most
@@ -154,9 +155,10 @@ def start_piece(
     template: Template = None,
     seed: int | None = None,
     samplers: Samplers | None = None,
+    language: str | None = None,
 ) -> PieceReply:
     """`start_pieces` of one."""
-    (work,) = start_pieces(pipeline, [piece], template, seed, samplers=samplers)
+    (work,) = start_pieces(pipeline, [piece], template, seed, None, samplers, language)
     return work
 
 
@@ -172,6 +174,10 @@ class TranscriptStream(Iterator[TranscriptSegment]):
         max_new_tokens: groups of each piece; by default what its seconds can hold.
         at_once: how many pieces may be at work, asked again before each; by default as many as the
             model has slots.
+        language: that is spoken, by its code or name, see `Architecture.tag_of`; None for any.
+
+    Raises:
+        PromptError: the model has no tag for the language.
 
     Attributes:
         duration: Seconds of the recording that have been read.
@@ -187,12 +193,15 @@ class TranscriptStream(Iterator[TranscriptSegment]):
         waits: float = LONG_PAUSE,
         max_new_tokens: int | None = None,
         at_once: Callable[[], int] | None = None,
+        language: str | None = None,
     ) -> None:
         pipeline.owner.check()
+        architecture, self._language = pipeline.lm.config.architecture, language
+        templates = asr_templates(architecture, architecture.tag_of(language))
         check_limits(max_new_tokens, 0)
         self._pipeline, self._seed, self._most = pipeline, one_seed(seed), max_new_tokens
         # One wording for the whole recording.
-        self._template = choose_template(ASR_TEMPLATES, template, self._seed)
+        self._template = choose_template(templates, template, self._seed)
         rate = pipeline.codec.sample_rate
         self._blocks: Iterator[Tensor]
         self._at_once = at_once or (lambda: pipeline.setup.max_batch)
@@ -244,7 +253,8 @@ class TranscriptStream(Iterator[TranscriptSegment]):
                     # Pieces that start at once are encoded at once.
                     new = [*islice(pieces, room)]
                     more = len(new) == room
-                    work.extend(start_pieces(self._pipeline, new, *how))
+                    started = start_pieces(self._pipeline, new, *how, language=self._language)
+                    work.extend(started)
                 yield from self._step()
         finally:
             while work:

@@ -24,6 +24,7 @@ from mimo_fast.server.errors import ApiError
 from mimo_fast.server.worker import Priority, Stream, Worker
 from mimo_fast.text.prompt import Speech
 from mimo_fast.text.spelling import spell
+from mimo_fast.text.templates import ASR_TEMPLATES_IN
 from mimo_fast.text.transcript import TranscriptSegment
 
 TTS = "tts_sft"
@@ -184,12 +185,15 @@ class Service:
         self,
         piece: Piece,
         seed: int | None = None,
-        template: int | None = None,
+        language: str | None = None,
         temperature: float | None = None,
     ) -> Stream[str | Counted]:
         """What is said in a piece, as it is found, and at last all of it.
 
-        template: see `MimoAudio.transcribe`. temperature: None for what the task has.
+        Args:
+            language: a code of `LANGUAGES`, which chooses the request's tag or, where the model has
+                none, its wording: what it is asked in, it tends to write. None for any.
+            temperature: None for what the task has.
         """
 
         def start() -> Iterator[str | Counted | None]:
@@ -198,7 +202,12 @@ class Service:
             if temperature is not None:
                 samplers = warmed(pipeline.samplers("asr"), temperature)
             drawn = fresh_seed() if seed is None else seed
-            work = start_piece(pipeline, piece, template, drawn, samplers=samplers)
+            how: dict[str, Any] = {"seed": drawn, "samplers": samplers}
+            if pipeline.lm.config.architecture.tags:
+                how["language"] = language
+            elif language is not None:
+                how["template"] = ASR_TEMPLATES_IN[language][0]
+            work = start_piece(pipeline, piece, **how)
             try:
                 ended, shown = False, 0
                 while not ended:

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from mimo_fast.architectures import LANGUAGES, language_code
 from mimo_fast.sampling import fresh_seed
 from mimo_fast.server.checks import Json, number, one_of, refusal
 from mimo_fast.server.checks import text as checked_text
@@ -37,7 +38,6 @@ from mimo_fast.server.requests import (
 )
 from mimo_fast.server.service import Counted, Read, Service
 from mimo_fast.server.worker import Stream
-from mimo_fast.text.templates import ASR_TEMPLATES
 from mimo_fast.text.transcript import (
     NO_SPACES,
     Transcript,
@@ -48,9 +48,6 @@ from mimo_fast.text.transcript import (
 )
 
 FORMS = ("json", "text", "srt", "verbose_json", "vtt")
-
-LANGUAGES = {"en": "english", "zh": "chinese"}
-"""ISO 639-1 codes that MiMo-Audio's requests are worded in -> what `verbose_json` calls them."""
 
 
 @dataclass
@@ -182,22 +179,11 @@ def language_of(service: Service, value: Any) -> str | None:
     if value is None or value == "":
         return None
     code = checked_text(value, "language", 100).lower()
-    names = {name: known for known, name in LANGUAGES.items()}
-    known = names.get(code, code.split("-")[0])
+    known = language_code(code)
     least = ("en",) if service.model.tokenizer.trained_words else tuple(LANGUAGES)
     if known not in least:
         raise refusal(f"language is {code!r}; {service.name} transcribes {least}", "language")
     return known
-
-
-def _wording(language: str | None) -> int | None:
-    """A wording of the request in a language: what it is asked in, the model tends to write."""
-    if language is None:
-        return None
-    chinese = [
-        any(low <= ord(word[0]) <= high for low, high in NO_SPACES) for word in ASR_TEMPLATES
-    ]
-    return chinese.index(language == "zh")
 
 
 async def transcribe(
@@ -221,7 +207,7 @@ async def transcribe(
                     if piece is None:
                         ended = True
                         break
-                    how = seed, _wording(asked.language), asked.temperature
+                    how = seed, asked.language, asked.temperature
                     work.append(service.words(piece, *how))
                 if not work:
                     break

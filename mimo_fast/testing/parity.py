@@ -11,10 +11,10 @@ not, nothing tells the norm statistics of what is to come: such streams have bee
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -128,6 +128,10 @@ class Golden:
             )
         self.compared: set[str] = set()
 
+    @property
+    def stages(self) -> "Mapping[str, Stage]":
+        return STAGES
+
     def named(self, prefix: str) -> list[str]:
         """Suffixes of the tensors called prefix.suffix, "codec:mel" -> ["0", "1", "2"]."""
         names = (name for name in self.tensors if name.startswith(f"{prefix}."))
@@ -160,12 +164,23 @@ def _ordered_recordings(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
     return [ordered[i].name for i in range(len(named))]
 
 
-def verify(model: MimoAudio, golden: Golden) -> Iterator[Result]:
+class Truth(Protocol):
+    """Ground truth of any form, with the stages that it is compared in."""
+
+    shipped: bool
+    rope_frequencies: str
+    compared: set[str]
+
+    @property
+    def stages(self) -> "Mapping[str, Stage]": ...
+
+
+def verify(model: MimoAudio, golden: Truth) -> Iterator[Result]:
     """Runs the stages one after the other; those of the codec alone where there is no more.
 
     The model's codec must have the rotary frequencies of `golden.rope_frequencies`.
     """
-    for stage, (compare, bound, unit) in STAGES.items():
+    for stage, (compare, bound, unit) in golden.stages.items():
         errors = list(compare(model, golden))
         if golden.shipped and not errors:
             continue
@@ -181,11 +196,11 @@ def _max_abs(got: Tensor, want: Tensor) -> float:
     return (got.cpu().double() - want.double()).abs().max().item() if want.numel() else 0.0
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
+def relative(got: Tensor, want: Tensor) -> float:
     return _max_abs(got, want) / max(want.double().abs().max().item(), 1e-30)
 
 
-def _differing(got: Tensor, want: Tensor) -> float:
+def differing(got: Tensor, want: Tensor) -> float:
     return torch.inf if got.shape != want.shape else float((got.cpu() != want).sum())
 
 
@@ -267,7 +282,7 @@ def _codes(model: MimoAudio, golden: Golden) -> Errors:
     # The shipped codec's truth has no hidden states.
     hidden = golden.named("codec:enc_hidden")
     for compute in (_encoded, _quantized) if hidden else (_encoded,):
-        yield from _each("codec:codes", _differing, compute)(model, golden)
+        yield from _each("codec:codes", differing, compute)(model, golden)
 
 
 def _packed(model: MimoAudio, golden: Golden, i: str) -> Tensor:
@@ -318,7 +333,7 @@ def _stream(again: int, floor: float) -> Compare:
 def _prompts(model: MimoAudio, golden: Golden) -> Errors:
     for name in sorted(golden.meta["prompts"]):
         ids = golden_prompt(model, golden.meta["prompts"][name], golden.audio)
-        yield f"prompts:{name}", _differing(ids, golden.get(f"prompts:{name}"))
+        yield f"prompts:{name}", differing(ids, golden.get(f"prompts:{name}"))
 
 
 def golden_prompt(model: MimoAudio, call: dict[str, Any], audio: list[Path]) -> Tensor:
@@ -384,7 +399,7 @@ def _patch_decoder(model: MimoAudio, golden: Golden) -> Errors:
     state = model.lm.new_state([0] * len(local), 1)
     greedy = sampler_tensors([GREEDY] * len(local), model.device)
     codes = model.lm.decode_patch(local, state, state.rows[: len(local)], greedy)
-    yield "model:local_greedy", _differing(codes.transpose(1, 2), golden.get("model:local_greedy"))
+    yield "model:local_greedy", differing(codes.transpose(1, 2), golden.get("model:local_greedy"))
 
 
 def _sampler(model: MimoAudio, golden: Golden) -> Errors:
@@ -399,7 +414,7 @@ def _sampler(model: MimoAudio, golden: Golden) -> Errors:
             values = (
                 logits.masked_fill(~mask, -torch.inf).sort(dim=-1).values for mask in (kept, want)
             )
-            yield f"model:sampler_kept.{size}.{j}", _differing(*values)
+            yield f"model:sampler_kept.{size}.{j}", differing(*values)
 
 
 def _generate(model: MimoAudio, golden: Golden) -> Errors:
@@ -407,25 +422,27 @@ def _generate(model: MimoAudio, golden: Golden) -> Errors:
         want = golden.get(f"model:generate.{name}")
         groups = want.shape[1] // model.group_size
         ids = generate(model, golden.get(f"prompts:{name}").long(), max_new_tokens=groups)
-        yield f"model:generate.{name}", _differing(ids[:, -want.shape[1] :], want)
+        yield f"model:generate.{name}", differing(ids[:, -want.shape[1] :], want)
 
 
-STAGES: dict[str, tuple[Compare, float, str]] = {
+Stage = tuple[Callable[[MimoAudio, Any], Errors], float, str]
+"""Comparison with ground truth of one form, bound on its error, unit of the error."""
+
+STAGES: dict[str, Stage] = {
     "resample": (_each("codec:wav24k", _max_abs, _wav), 1e-5, "max abs"),
     "log-mel": (_each("codec:mel", _log_error, _mel), LOG_MEL_BOUND, "max abs"),
-    "codec encoder": (_each("codec:enc_hidden", _relative, _encoder), 1e-3, "of max"),
+    "codec encoder": (_each("codec:enc_hidden", relative, _encoder), 1e-3, "of max"),
     "codes": (_codes, 0, "differ"),
-    "packed codes": (_each("codec:packed", _differing, _packed), 0, "differ"),
-    "dequantize": (_each("codec:rvq_sum8", _relative, _dequantize), 1e-3, "of max"),
+    "packed codes": (_each("codec:packed", differing, _packed), 0, "differ"),
+    "dequantize": (_each("codec:rvq_sum8", relative, _dequantize), 1e-3, "of max"),
     "codec decoder": (_decoder, -80, "dB noise"),
     "codec stream": (_stream(RESTART_LIMIT, STREAM_NOISE[0]), 0.5, "dB lost"),
     "decoded once": (_stream(0, STREAM_NOISE[1]), 20, "dB lost"),
     "prompts": (_prompts, 0, "differ"),
-    "embeddings": (_each("model:embeds", _relative, _embeddings), 1e-3, "of max"),
-    "text logits": (_each("model:text_logits", _relative, _logits), 1e-3, "of max"),
-    "local hidden": (_each("model:local_hidden", _relative, _local_hidden), 1e-3, "of max"),
+    "embeddings": (_each("model:embeds", relative, _embeddings), 1e-3, "of max"),
+    "text logits": (_each("model:text_logits", relative, _logits), 1e-3, "of max"),
+    "local hidden": (_each("model:local_hidden", relative, _local_hidden), 1e-3, "of max"),
     "patch decoder": (_patch_decoder, 0, "differ"),
     "sampler": (_sampler, 0, "differ"),
     "generate": (_generate, 0, "differ"),
 }
-"""Name -> (comparison, bound on its error, unit of the error)."""

@@ -9,16 +9,17 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol
 
+from mimo_fast.architectures import MIMO_AUDIO, Architecture
 from mimo_fast.audio.files import AudioSource
 from mimo_fast.errors import PromptError
 from mimo_fast.json_files import shown
 from mimo_fast.text.prompt import Joined, Segment, Segments, Speech, SpokenReply, UserText, Written
 from mimo_fast.text.spelling import spell
-from mimo_fast.text.templates import ASR_TEMPLATES, TTS_TEMPLATES
+from mimo_fast.text.templates import ASR_TEMPLATES, ASR_TEMPLATES_IN, TTS_TEMPLATES
 from mimo_fast.text.tokenizer import SpecialIds
 
 MAX_EXAMPLES = 16
@@ -26,6 +27,8 @@ MAX_EXAMPLES = 16
 
 VOICE_IS = "Your voice should be:", "你的音色应该是："
 """What precedes a voice prompt, in dialogues and for texts."""
+
+Arguments = ParamSpec("Arguments")
 
 Audio = AudioSource | Speech
 Message = Mapping[str, Any]
@@ -57,6 +60,7 @@ class PromptContext:
         continued: earlier turns precede, so instruction and voice are not repeated.
         special_tokens: special tokens that a caller writes in a text are tokens, as upstream's are,
             and not text.
+        architecture: of the checkpoint, which decides what it can be asked.
     """
 
     encode: Encode = encoded_speech
@@ -64,6 +68,7 @@ class PromptContext:
     seed: int | None = None
     continued: bool = False
     special_tokens: bool = False
+    architecture: Architecture = MIMO_AUDIO
 
     def text(self, typed: str) -> Written:
         """A caller's text. Raises PromptError where it is something else."""
@@ -82,13 +87,54 @@ class PromptContext:
         return self.encode(audio)
 
 
-def asr(context: PromptContext, input: Audio, template: Template = None) -> Segments:
-    """Transcribe a recording."""
+def _named(
+    name: str,
+) -> Callable[
+    [Callable[Concatenate[PromptContext, Arguments], Segments]],
+    Callable[Concatenate[PromptContext, Arguments], Segments],
+]:
+    """The function is the task of that name: it refuses a context whose architecture lacks it."""
+
+    def named(
+        task: Callable[Concatenate[PromptContext, Arguments], Segments],
+    ) -> Callable[Concatenate[PromptContext, Arguments], Segments]:
+        @wraps(task)
+        def prompt(
+            context: PromptContext, *arguments: Arguments.args, **named: Arguments.kwargs
+        ) -> Segments:
+            context.architecture.check_task(name)
+            return task(context, *arguments, **named)
+
+        return prompt
+
+    return named
+
+
+def asr_templates(architecture: Architecture, audio_tag: str) -> Sequence[str]:
+    """Wordings of a request with a tag: those in its language, or all without one.
+
+    Raises:
+        PromptError: the architecture has no such tag.
+    """
+    language = architecture.language_of(audio_tag)
+    return ASR_TEMPLATES if language is None else ASR_TEMPLATES_IN[language]
+
+
+@_named("asr_sft")
+def asr(
+    context: PromptContext, input: Audio, audio_tag: str = "", template: Template = None
+) -> Segments:
+    """Transcribe a recording.
+
+    audio_tag: of the language that is spoken, where the architecture has tags; "" for any.
+    """
+    templates = asr_templates(context.architecture, audio_tag)
     speech = context.encode(input)
-    words = context.wording(ASR_TEMPLATES, template)
-    return [*_user(speech, words), "<|im_start|>assistant\n", _think(False)]
+    words = context.wording(templates, template)
+    return [*_user(speech, words), "<|im_start|>assistant\n", f"{_think(False)}{audio_tag}"]
 
 
+@_named("tts_sft")
 def tts(
     context: PromptContext,
     input: str,
@@ -121,6 +167,7 @@ def tts(
     return ["<|im_start|>system\n", *system, "<|im_end|>\n", *turn]
 
 
+@_named("audio_understanding_sft")
 def audio_understanding(
     context: PromptContext, input_speech: Audio, input_text: str, thinking: bool = False
 ) -> Segments:
@@ -130,6 +177,7 @@ def audio_understanding(
     return [*_user(speech, question), "<|im_start|>assistant\n", _think(thinking)]
 
 
+@_named("spoken_dialogue_sft")
 def spoken_dialogue(
     context: PromptContext,
     input_speech: Audio,
@@ -144,6 +192,7 @@ def spoken_dialogue(
     return [*voice_system(voice), *user, "<|im_start|>assistant\n<|sostm|>"]
 
 
+@_named("spoken_dialogue_sft_multiturn")
 def spoken_dialogue_multiturn(
     context: PromptContext,
     message_list: Sequence[Message],
@@ -170,6 +219,7 @@ def spoken_dialogue_multiturn(
     return [*voice, *turns, "<|im_start|>assistant\n<|sostm|>"]
 
 
+@_named("speech2text_dialogue_sft")
 def speech2text_dialogue(
     context: PromptContext, input_speech: Audio, thinking: bool = False
 ) -> Segments:
@@ -177,6 +227,7 @@ def speech2text_dialogue(
     return text_reply([("user", [context.encode(input_speech)])], thinking)
 
 
+@_named("speech2text_dialogue_sft_multiturn")
 def speech2text_dialogue_multiturn(
     context: PromptContext, message_list: Sequence[Message], thinking: bool = False
 ) -> Segments:
@@ -190,11 +241,13 @@ def speech2text_dialogue_multiturn(
     return text_reply(turns, thinking)
 
 
+@_named("text_dialogue_sft")
 def text_dialogue(context: PromptContext, input_text: str, thinking: bool = False) -> Segments:
     """Answer text in text."""
     return text_reply([("user", [context.text(input_text)])], thinking)
 
 
+@_named("text_dialogue_sft_multiturn")
 def text_dialogue_multiturn(
     context: PromptContext, message_list: Sequence[Message], thinking: bool = False
 ) -> Segments:
@@ -203,6 +256,7 @@ def text_dialogue_multiturn(
     return text_reply(turns, thinking)
 
 
+@_named("in_context_learning_s2s")
 def in_context_learning_s2s(
     context: PromptContext,
     instruction: str,
@@ -228,6 +282,7 @@ def in_context_learning_s2s(
     return [*segments, context.encode(audio), "\n", "<|sostm|>"]
 
 
+@_named("speech_continuation")
 def speech_continuation(context: PromptContext, audio: Audio) -> Segments:
     """Carry a recording on, with the base model: an open segment (report, section 3.3.2)."""
     return [context.encode(audio, closed=False)]

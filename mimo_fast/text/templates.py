@@ -3,30 +3,36 @@
 Data from upstream, src/mimo_audio/templates.py.
 """
 
-ASR_TEMPLATES = (
-    "请将这段语音转换为文字",
-    "帮我识别这个音频文件中的内容",
-    "把这段录音转成文本",
-    "请转录这段语音",
-    "将音频内容转换成文字格式",
-    "识别并转写这段语音",
-    "把语音内容写成文字",
-    "转录这个音频片段",
-    "将这段对话转换为文本",
-    "麻烦帮我把这段录音整理成详细的文字记录",
-    "Please transcribe this audio file",
-    "Convert this speech recording to text",
-    "Transcribe the following voice message",
-    "Turn this audio into readable text",
-    "Please convert the recording to written format",
-    "Transcribe what you hear in this audio",
-    "Convert this spoken content to text",
-    "Please write down what is said in this recording",
-    "Transcribe this voice recording",
-    "Could you please help me transcribe this important recording?",
-    "Would you mind converting this voice message into a readable text format?",
-    "I'd really appreciate it if you could turn this audio file into a written document",
-)
+ASR_TEMPLATES_IN = {
+    "zh": (
+        "请将这段语音转换为文字",
+        "帮我识别这个音频文件中的内容",
+        "把这段录音转成文本",
+        "请转录这段语音",
+        "将音频内容转换成文字格式",
+        "识别并转写这段语音",
+        "把语音内容写成文字",
+        "转录这个音频片段",
+        "将这段对话转换为文本",
+        "麻烦帮我把这段录音整理成详细的文字记录",
+    ),
+    "en": (
+        "Please transcribe this audio file",
+        "Convert this speech recording to text",
+        "Transcribe the following voice message",
+        "Turn this audio into readable text",
+        "Please convert the recording to written format",
+        "Transcribe what you hear in this audio",
+        "Convert this spoken content to text",
+        "Please write down what is said in this recording",
+        "Transcribe this voice recording",
+        "Could you please help me transcribe this important recording?",
+        "Would you mind converting this voice message into a readable text format?",
+        "I'd really appreciate it if you could turn this audio file into a written document",
+    ),
+}
+
+ASR_TEMPLATES = ASR_TEMPLATES_IN["zh"] + ASR_TEMPLATES_IN["en"]
 
 TTS_TEMPLATES = {
     "zh": (

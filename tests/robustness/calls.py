@@ -65,7 +65,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
     def batched(**arguments: Any) -> list[Any]:
         return [(each.text, each.error) for each in mimo_fast.batch(**arguments)]
 
-    transcribing = {"template": 0, "seed": 1, "max_new_tokens": 3}
+    transcribing = {"template": 0, "seed": 1, "max_new_tokens": 3, "language": None}
 
     def said(**arguments: Any) -> list[Any]:
         return [*model.session(seed=1).stream(**arguments)]
@@ -288,7 +288,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
             },
         ),
         "MimoAudio.astream": (streamed_async, {"task": "tts", "input": "hello", **limits}),
-        "MimoAudio.asr_sft": (model.asr_sft, {"audio": speech, **limits}),
+        "MimoAudio.asr_sft": (model.asr_sft, {"audio": speech, "audio_tag": "", **limits}),
         "MimoAudio.tts_sft": (
             model.tts_sft,
             {
@@ -340,7 +340,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
         ),
         "MimoAudio.get_asr_sft_prompt": (
             model.get_asr_sft_prompt,
-            {"input": speech, "template": 0, "seed": 1},
+            {"input": speech, "audio_tag": "", "template": 0, "seed": 1},
         ),
         "MimoAudio.get_tts_sft_prompt": (
             model.get_tts_sft_prompt,

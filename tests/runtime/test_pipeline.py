@@ -82,8 +82,10 @@ def test_recordings_are_prepared_where_that_is_asked_for(pipeline, words):
         got, want = getattr(preparing, encode)(quiet), getattr(pipeline, encode)(ready)
         assert torch.equal(got.codes, want.codes)
     assert len(pipeline.speech(quiet).codes[0]) > len(ready) // 960 + 50
-    segments = asr(preparing.context(), quiet, 0)
-    assert torch.equal(preparing.ids(segments), pipeline.ids(asr(pipeline.context(), ready, 0)))
+    segments = asr(preparing.context(), quiet, template=0)
+    assert torch.equal(
+        preparing.ids(segments), pipeline.ids(asr(pipeline.context(), ready, template=0))
+    )
     session = Session(preparing, seed=1)
     list(session.stream(quiet, max_new_tokens=2))
     want = Session(pipeline, seed=1)

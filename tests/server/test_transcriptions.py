@@ -1,5 +1,6 @@
 """`/v1/audio/transcriptions` by the stock openai SDK."""
 
+import asyncio
 import io
 import re
 import threading
@@ -13,12 +14,15 @@ import openai
 import pytest
 import soundfile
 import torch
-from servers import Running
+from helpers import KIT, KIT_PAIR
+from servers import Running, start
 
 import mimo_fast
+from mimo_fast.audio.segments import Piece
+from mimo_fast.server.app import create_app
 from mimo_fast.server.service import Service
-from mimo_fast.server.transcriptions import _number, _wording, language_of
-from mimo_fast.text.templates import ASR_TEMPLATES
+from mimo_fast.server.settings import Settings
+from mimo_fast.server.transcriptions import _number, language_of
 
 RATE = 24000
 QUESTION = Path(mimo_fast.__file__).parent / "assets" / "question.wav"
@@ -277,12 +281,59 @@ def test_memory_does_not_grow_with_the_recording(serve, service: Service) -> Non
     assert max(peak) - before < 100 << 20
 
 
-def test_the_wording_follows_the_language(service: Service) -> None:
-    assert _wording(None) is None
-    assert ASR_TEMPLATES[_wording("en")].isascii()
-    assert not ASR_TEMPLATES[_wording("zh")].isascii()
+def test_the_request_is_in_the_language(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its wording, as nano has no tags."""
     assert language_of(service, "en-US") == language_of(service, "English") == "en"
     assert language_of(service, "") is None
+    asked: list[Any] = []
+
+    def refuse(_pipeline: Any, _piece: Any, **how: Any) -> Any:
+        asked.append(how)
+        raise LookupError
+
+    monkeypatch.setattr("mimo_fast.server.service.start_piece", refuse)
+
+    async def transcribe(language: str | None) -> None:
+        with pytest.raises(LookupError):
+            await anext(aiter(service.words(Piece(0.0, 1.0, torch.zeros(9)), 1, language)))
+
+    for language in (None, "en", "zh"):
+        asyncio.run(transcribe(language))
+    assert ["template" in each for each in asked] == [False, True, True]
+    assert asked[1]["template"].isascii()
+    assert not asked[2]["template"].isascii()
+    assert not any("language" in each for each in asked)
+
+
+@pytest.fixture(scope="module")
+def tagged() -> Iterator[Running]:
+    """A server of MiMo-V2.5-ASR's kit."""
+    model = mimo_fast.load(KIT / "asr" / "lm", KIT_PAIR[1], device="cpu", dtype="float32")
+    service, settings = Service(model, "MiMo-V2.5-ASR"), Settings(port=0, drain_seconds=2.0)
+    running = start(create_app(service, settings), settings)
+    yield running
+    running.stop()
+    service.close()
+
+
+def test_a_language_is_the_models_tag(tagged: Running) -> None:
+    file, model = ("a.wav", encoded(question())), tagged.app.state.service.model
+    limits = {"seed": 5}
+    with openai.OpenAI(base_url=f"{tagged.url}/v1", api_key="x", max_retries=0) as client:
+        create = client.audio.transcriptions.create
+        for language in ("en", "zh", None):
+            given = {} if language is None else {"language": language}
+            found = create(model="MiMo-V2.5-ASR", file=file, extra_body=limits, **given)
+            wav = torch.from_numpy(soundfile.read(io.BytesIO(file[1]), dtype="float32")[0])
+            assert found.text == model.transcribe(wav, language=language, **limits).text
+        with pytest.raises(openai.BadRequestError, match="klingon"):
+            create(model="MiMo-V2.5-ASR", file=file, language="klingon")
+        with pytest.raises(openai.BadRequestError, match="does asr_sft alone, not tts_sft"):
+            client.audio.speech.create(model="MiMo-V2.5-ASR", voice="default", input="Hello.")
+        with pytest.raises(openai.BadRequestError, match="does asr_sft alone, not "):
+            client.chat.completions.create(
+                model="MiMo-V2.5-ASR", messages=[{"role": "user", "content": "Hello."}]
+            )
 
 
 def test_numbers_of_a_form() -> None:

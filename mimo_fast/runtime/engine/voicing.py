@@ -43,14 +43,17 @@ class ReplyReader:
     Args:
         speaking: whether the prompt itself ended in `<|sostm|>`.
         shown: control tokens that are text all the same; never `<|empty|>`, `<|eot|>`, `<|eostm|>`.
+        tags: what is no text wherever it is written, see `Architecture.tags`.
     """
 
     tokenizer: Tokenizer
     speaking: bool
     shown: frozenset[int] = frozenset()
+    tags: tuple[str, ...] = ()
     _ended: bool = False
     _waiting: list[Tensor] = field(default_factory=list)
     _tokens: list[int] = field(default_factory=list)
+    _held: str = ""
 
     def read(self, token: int, codes: Tensor) -> tuple[str, list[Tensor]]:
         """A group -> the text and the patches [C, G] that become final with it."""
@@ -74,7 +77,7 @@ class ReplyReader:
         return self._flush(final=False), []
 
     def finish(self) -> tuple[str, list[Tensor]]:
-        """The text and patches held back: half a character, and patches without a `<|sostm|>`."""
+        """What was held back: half a character or tag, and patches without a `<|sostm|>`."""
         return self._flush(final=True), self._waiting
 
     def copy(self) -> ReplyReader:
@@ -86,7 +89,19 @@ class ReplyReader:
         if text.endswith(UNFINISHED_CHARACTER) and not final:
             return ""
         self._tokens.clear()
-        return text
+        return self._untagged(text, final) if self.tags else text
+
+    def _untagged(self, text: str, final: bool) -> str:
+        """Text without tags; what may become one is held back."""
+        text, self._held = self._held + text, ""
+        for tag in self.tags:
+            text = text.replace(tag, "")
+        if final:
+            return text
+        starts = (tag[:n] for tag in self.tags for n in range(1, len(tag)))
+        held = max((start for start in starts if text.endswith(start)), key=len, default="")
+        self._held = held
+        return text[: len(text) - len(held)]
 
 
 @dataclass(frozen=True)

@@ -322,6 +322,7 @@ class Mind:
 
     def _answer_in_text(self, ask: Ask) -> Generator[Piece, None, None]:
         model, said = self._model, ask.said
+        model.lm.config.architecture.check_task(IN_TEXT)
         spoken = any(each.spoken for each in said)
         task = TASKS[TEXTS if self.converses and not spoken else IN_TEXT]
         began = perf_counter()
