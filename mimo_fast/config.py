@@ -24,6 +24,9 @@ Choice = TypeVar("Choice", bound=str)
 OFFLOADABLE = ("text_embeddings", "codec_encoder")
 """Parts that may stay in host memory: a step reads one embedding row, a prompt encodes once."""
 
+ADAPTERS_KEY = "merged_adapters"
+"""Key of a language model's config.json: digests of the adapters merged into its weights."""
+
 GROUP_SECONDS = 0.16
 """Duration of a group of speech."""
 
@@ -162,6 +165,8 @@ class LMConfig:
     reply_limits: tuple[tuple[str, float, float], ...] = field(default=(), repr=False)
     """A task, by the same keys; groups; and groups more a second that is heard: where a reply ends
     by default. Without one it is where the context does."""
+    adapters: tuple[str, ...] = field(default=(), repr=False)
+    """Digests of the adapters that are merged into the weights, see `checkpoint/adapters.py`."""
 
     @property
     def patch_steps(self) -> int:
@@ -227,6 +232,7 @@ class LMConfig:
             trained_tasks=read.names("trained_tasks"),
             confidence=read.calibrations("confidence"),
             reply_limits=read.limits("reply_limits"),
+            adapters=read.names(ADAPTERS_KEY),
         )
         config._check(source)
         return config

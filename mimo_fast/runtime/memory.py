@@ -49,6 +49,7 @@ class Setup:
         offload: Parts in host memory, of OFFLOADABLE.
         mapped: Whether dense weights stay in their memory-mapped file, which a CPU reads in place
             and the system can evict.
+        merged: Names of tensors that an adapter changes: these are no longer the file's.
         graphs: Whether it decodes with CUDA graphs; the states of codec streams then stay
             allocated.
         prompt_graphs, encoder_graphs: Whether prompts, and encodes of recordings, are captured as
@@ -66,6 +67,7 @@ class Setup:
     kv_cache: str | None = None
     offload: frozenset[str] = frozenset()
     mapped: bool = False
+    merged: frozenset[str] = frozenset()
     graphs: bool = False
     prompt_graphs: bool = False
     encoder_graphs: bool = False
@@ -113,7 +115,8 @@ class Setup:
 
     def _stored(self, shapes: Shapes, formats: Mapping[str, Format], dtype: torch.dtype) -> int:
         if self.mapped:
-            shapes = {name: shapes[name] for name in formats if name in shapes}
+            own = formats.keys() | self.merged
+            shapes = {name: shape for name, shape in shapes.items() if name in own}
         stored = stored_tensors(shapes, formats, dtype).values()
         return sum(math.prod(shape) * kind.itemsize for shape, kind in stored)
 
