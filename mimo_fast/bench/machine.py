@@ -128,7 +128,7 @@ def describe_checkpoint(
             adapter = weights.adapter
             yield f"  adapter         {adapter.directory}, {adapter.description}"
         if held := len(config.adapters) - isinstance(weights, AdaptedWeights):
-            yield f"  merged          {held} adapters are in the checkpoint's weights"
+            yield f"  merged          adapters in the checkpoint's weights: {held}"
         yield (
             f"  graphs          on a GPU of prompts of {PROMPTS[0]} to {PROMPTS[-1]} groups, as "
             f"many as are captured at load in {CAPTURE_SECONDS:g} s and "

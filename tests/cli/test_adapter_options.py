@@ -22,10 +22,11 @@ def merged(tmp_path: Path) -> Path:
     return target
 
 
-def test_merge_writes_what_a_model_loads(merged, capsys):
+def test_merge_writes_what_a_model_loads(tmp_path, capsys):
+    merged = tmp_path / "merged"
+    assert main(["merge", *MODEL, "--adapter", str(QKVO), "-o", str(merged)]) == 0
     said = capsys.readouterr().err
-    assert f"wrote {merged}: 0.00" in said
-    assert f"24 tensors changed by {QKVO}; it loads without --adapter" in said
+    assert f"wrote {merged}: 0.001 GB, 24 tensors changed by {QKVO}; it loads without" in said
     golden = load_file(ADAPTERS / "golden.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     found = load_file(merged / "model.safetensors")
@@ -68,7 +69,7 @@ def test_info(merged, capsys):
     assert "  merged  " not in shown
     assert main(["info", "--model", str(merged), *PAIR[2:]]) == 0
     shown = capsys.readouterr().out
-    assert "  merged          1 adapters are in the checkpoint's weights\n" in shown
+    assert "  merged          adapters in the checkpoint's weights: 1\n" in shown
     assert "  adapter  " not in shown
 
 
