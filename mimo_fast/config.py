@@ -25,6 +25,9 @@ Choice = TypeVar("Choice", bound=str)
 OFFLOADABLE = ("text_embeddings", "codec_encoder")
 """Parts that may stay in host memory: a step reads one embedding row, a prompt encodes once."""
 
+ADAPTERS_KEY = "merged_adapters"
+"""Key of a language model's config.json: digests of the adapters merged into its weights."""
+
 GROUP_SECONDS = 0.16
 """Duration of a group of speech."""
 
@@ -166,6 +169,8 @@ class LMConfig:
     architecture: Architecture = field(default=MIMO_AUDIO, repr=False)
     dtype: str | None = field(default=None, repr=False)
     """That its weights are to be computed in, as the checkpoint states."""
+    adapters: tuple[str, ...] = field(default=(), repr=False)
+    """Digests of the adapters that are merged into the weights, see `checkpoint/adapters.py`."""
 
     @property
     def patch_steps(self) -> int:
@@ -234,6 +239,7 @@ class LMConfig:
             reply_limits=read.limits("reply_limits"),
             architecture=architecture,
             dtype=read.dtype(),
+            adapters=read.names(ADAPTERS_KEY),
         )
         config._check(source)
         return config

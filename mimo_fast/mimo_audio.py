@@ -133,6 +133,7 @@ class MimoAudio:
         dtype: to compute in. None is bfloat16 on CUDA, elsewhere the checkpoint's own (float32
             instead of float16 on a CPU).
         quantization: "int8", "int4", "nf4", or a format for each part; None keeps the checkpoint's.
+        adapters: {name: folder} of a PEFT adapter, merged into the language model while loading.
         codec_rope: "exact" or "bfloat16", the codec's rotary frequencies. None for what the
             checkpoint states; the published one is rounded, as upstream runs it. See `LoadOptions`.
         max_batch, max_seq_len, kv_cache, offload: memory use, see `LoadOptions`.

@@ -29,6 +29,9 @@ from mimo_fast.quantization import (
 
 KIT = Path(__file__).parent / "golden"
 KIT_PAIR = (KIT / "checkpoint" / "lm", KIT / "checkpoint" / "codec")
+ADAPTERS = KIT / "adapters"
+"""Adapters of the kit's language model, a folder each, and what it then says."""
+
 PAIR = ["--model", str(KIT_PAIR[0]), "--codec", str(KIT_PAIR[1])]
 """The command line's options for the kit's checkpoints."""
 

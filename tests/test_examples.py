@@ -17,9 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from helpers import KIT_PAIR
-from safetensors.torch import load_file, save_file
+from helpers import ADAPTERS, KIT_PAIR
 
 import mimo_fast
 from mimo_fast.checkpoint.embedded import resolve_pair
@@ -200,41 +198,15 @@ def test_quantizing(run, tmp_path, capsys):
     assert printed.count("real-time factor") == 2
 
 
-def adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
-    folder.mkdir()
-    described = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "bias": "none"} | config
-    (folder / "adapter_config.json").write_text(json.dumps(described))
-    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-    save_file(named, folder / "adapter_model.safetensors")
-    return folder
-
-
-def test_an_adapter(run, tmp_path):
-    module, saved = "model.layers.0.self_attn.q_proj", "lm_head.weight"
-    base = load_file(KIT_PAIR[0] / "model.safetensors")
-    draw = torch.Generator().manual_seed(0)
-    out, width = base[f"{module}.weight"].shape
-    a, b = torch.randn(2, width, generator=draw), torch.randn(out, 2, generator=draw)
-    tensors = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b, saved: -base[saved]}
-    run("adapters.py", KIT_PAIR[0], adapter(tmp_path / "a", tensors), tmp_path / "merged")
-    found = load_file(tmp_path / "merged" / "model.safetensors")
-    want = base[f"{module}.weight"].double() + 1.5 * b.double() @ a.double()
-    assert torch.allclose(found.pop(f"{module}.weight").double(), want, atol=1e-5)
-    assert torch.equal(found.pop(saved), -base[saved])
-    assert found.keys() | {f"{module}.weight", saved} == base.keys()
-    assert all(torch.equal(tensor, base[name]) for name, tensor in found.items())
-    with mimo_fast.load(tmp_path / "merged", KIT_PAIR[1]) as model:
-        assert model.text_dialogue_sft("hello", max_new_tokens=4) is not None
-
-
-def test_an_adapter_of_another_kind(run, tmp_path):
-    odd = adapter(tmp_path / "dora", {"x": torch.zeros(1)}, use_dora=True)
-    with pytest.raises(SystemExit, match="only plain LoRA is merged here, not use_dora True"):
-        run("adapters.py", KIT_PAIR[0], odd, tmp_path / "merged")
-    strange = adapter(tmp_path / "strange", {"model.nothing.lora_A.weight": torch.zeros(1)})
-    with pytest.raises(SystemExit, match=r"no weights for model\.nothing\.lora_A\.weight"):
-        run("adapters.py", KIT_PAIR[0], strange, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+def test_an_adapter(run, tmp_path, capsys):
+    adapter, merged = ADAPTERS / "qkvo", tmp_path / "merged"
+    run("adapters.py", KIT_PAIR[0], adapter, "--codec", KIT_PAIR[1], "--target", merged)
+    said = capsys.readouterr().out
+    assert f"wrote {merged}: 24 tensors are changed" in said
+    with mimo_fast.load(merged, KIT_PAIR[1]) as model:
+        question = "What is three plus four?"
+        reply = model.text_dialogue_sft(question, seed=0, max_new_tokens=64)
+    assert said.startswith(f"{reply}\n")
 
 
 def ask(url: str, data: bytes, kind: str = "application/json") -> tuple[int, bytes]:

@@ -4,12 +4,13 @@ import importlib.metadata
 import math
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from mimo_fast import __version__
+from mimo_fast.checkpoint.adapters import AdaptedWeights
 from mimo_fast.checkpoint.hub import resolved_commit
 from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_shapes
 from mimo_fast.config import LMConfig, PathLike
@@ -91,15 +92,19 @@ def describe_machine() -> Iterator[str]:
 
 
 def describe_checkpoint(
-    source: PathLike, kind: str, hub: HubOptions, codec_rope: str | None = None
+    source: PathLike,
+    kind: str,
+    hub: HubOptions,
+    codec_rope: str | None = None,
+    adapters: Mapping[str, PathLike] | None = None,
 ) -> Iterator[str]:
     """Lines about a checkpoint ("lm" or "codec"): its parts, parameters and bytes.
 
-    Only headers are read. codec_rope: as in `LoadOptions`.
+    Only headers and adapters are read. codec_rope, adapters: as in `LoadOptions`.
     """
     directory = find(source, hub)
     if kind == "lm":
-        config, weights, _ = open_lm(directory)
+        config, weights, _ = open_lm(directory, adapters)
         shapes = lm_shapes(config)
     else:
         codec_config, weights = open_codec(directory, codec_rope)
@@ -119,6 +124,11 @@ def describe_checkpoint(
     for part, (count, nbytes) in [*parts.items(), ("total", [parameters, size])]:
         yield f"  {part:<16}{count:>16,} parameters{nbytes / 1e6:>12,.1f} MB"
     if kind == "lm":
+        if isinstance(weights, AdaptedWeights):
+            adapter = weights.adapter
+            yield f"  adapter         {adapter.directory}, {adapter.description}"
+        if held := len(config.adapters) - isinstance(weights, AdaptedWeights):
+            yield f"  merged          adapters in the checkpoint's weights: {held}"
         yield (
             f"  graphs          on a GPU of prompts of {PROMPTS[0]} to {PROMPTS[-1]} groups, as "
             f"many as are captured at load in {CAPTURE_SECONDS:g} s and "

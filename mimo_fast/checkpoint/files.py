@@ -117,7 +117,12 @@ class Weights:
 
     `files` gives for each tensor name the open safetensors file that holds it; `open_weights` makes
     it.
+
+    Attributes:
+        changed: Names of tensors whose values are not those of the file.
     """
+
+    changed: frozenset[str] = frozenset()
 
     def __init__(self, directory: Path, files: Mapping[str, Any]) -> None:
         self.directory = directory
@@ -227,6 +232,13 @@ class Weights:
                 "use the config.json that belongs to these weights, or download both again"
             )
 
+    def shards(self) -> list[list[str]]:
+        """Names of the tensors of each file."""
+        found: dict[int, list[str]] = {}
+        for name, file in self._files.items():
+            found.setdefault(id(file), []).append(name)
+        return list(found.values())
+
     @property
     def parameters(self) -> int:
         """How many numbers the checkpoint holds."""
@@ -294,7 +306,8 @@ def _open_shards(index: Path) -> dict[str, Any]:
     if absent:
         problem = f"{index} lists tensors absent from their shards ({_abridge(absent)})"
         raise CheckpointError(f"{problem}: download it again")
-    return {name: shards[shard] for name, shard in table.items()}
+    # In the order of the shards, which that of the index need not be.
+    return {name: shards[shard] for name, shard in sorted(table.items(), key=lambda item: item[1])}
 
 
 def _open(path: Path) -> Any:
@@ -325,11 +338,13 @@ def write_checkpoint(
     dtype: torch.dtype | Mapping[str, torch.dtype],
     config: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
+    shards: Iterable[list[str]] | None = None,
     advance: Callable[[int], object] = lambda written: None,
 ) -> None:
     """Writes the tensors of `shapes` in shards, then config.json.
 
-    A shard has at most `shard_bytes`, or one tensor. `read(name)` returns one tensor, or
+    A shard has at most `shard_bytes`, or one tensor, unless `shards` says which names it has.
+    `read(name)` returns one tensor, or
     consecutive pieces of the flattened tensor; peak memory is what it returns at a time. Everything
     is converted to `dtype`, one for all or one for each name. `advance` is called with the number
     of bytes written. An interrupted write leaves no config.json and no incomplete file under a
@@ -346,10 +361,11 @@ def write_checkpoint(
         )
     dtypes = dict(dtype) if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
-    shards, weight_map = _plan(sizes, shard_bytes), dict[str, str]()
-    for i, names in enumerate(shards, 1):
-        numbered = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        shard = numbered if len(shards) > 1 else SINGLE_FILE
+    planned = _plan(sizes, shard_bytes) if shards is None else [list(names) for names in shards]
+    weight_map = dict[str, str]()
+    for i, names in enumerate(planned, 1):
+        numbered = f"model-{i:05d}-of-{len(planned):05d}.safetensors"
+        shard = numbered if len(planned) > 1 else SINGLE_FILE
         # Wide types first: every tensor is then aligned to its item size, as safetensors aligns it.
         names.sort(key=lambda name: -dtypes[name].itemsize)
         weight_map |= dict.fromkeys(names, shard)
@@ -365,7 +381,7 @@ def write_checkpoint(
                     raise CheckpointError(
                         f"the data of tensor {name} does not fill its shape {list(shapes[name])}"
                     )
-    if len(shards) > 1:
+    if len(planned) > 1:
         about = {"total_size": sum(sizes.values())}
         write_json(directory / INDEX_FILE, {"metadata": about, "weight_map": weight_map})
     write_json(directory / "config.json", config)

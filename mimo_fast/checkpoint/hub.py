@@ -7,6 +7,7 @@ resolved to is therefore recorded in a file beside the cache, and another one la
 import json
 import os
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,21 @@ def _remember(hub_id: str, revision: str | None, directory: Path) -> None:
         write_json(record, known | {name: commit})
     except CheckpointError as error:
         warnings.warn(f"the commit of {hub_id} is not remembered: {error}", stacklevel=2)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies what lies beside a checkpoint's config and weights: the tokenizer's files and such.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
+    skipped = {"config.json", "model.safetensors.index.json"}
+    for pattern in HUB_FILES:
+        for path in source.glob(pattern):
+            if path.suffix == ".safetensors" or path.name in skipped or not path.is_file():
+                continue
+            try:
+                shutil.copyfile(path, target / path.name)
+            except OSError as error:
+                problem = f"cannot copy {path} ({error.strerror or error})"
+                raise CheckpointError(f"{problem}: free space or write elsewhere") from error

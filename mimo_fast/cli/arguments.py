@@ -78,7 +78,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         for text in _several(getattr(args, name, None)):
             if isinstance(text, str) and not _is_text(text):
                 args.parser.error(f"the {name} is not valid UTF-8: {text!a:.80}")
-    for name in ("model", "codec", "checkpoint", "source", "target", "directory"):
+    for name in ("model", "codec", "adapter", "checkpoint", "source", "target", "directory"):
         # The libraries that read and write weights take no other names.
         if not _is_text(folder := str(getattr(args, name, None))):
             args.parser.error(f"{folder!a} is not valid UTF-8: rename the folder")

@@ -16,6 +16,8 @@ def run(args: argparse.Namespace) -> int:
             raise MimoFastError("--format, --audio and --text go with --quality")
         args.device = str(find_device(args.device))
         named = args.model is not None or args.codec is not None
+        if args.adapter is not None and not named:
+            raise MimoFastError("--adapter goes with --model: random weights have no fine-tunes")
         return bench(args, find_pair(args) if named else None, load_options(args))
     if not args.audio and not args.text:
         raise MimoFastError("--quality needs --audio or --text to compare on")

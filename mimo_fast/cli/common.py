@@ -38,6 +38,11 @@ WORDS_NAMED = 8
 """Number of words that a warning names."""
 
 
+def adapters_of(args: argparse.Namespace) -> dict[str, PathLike] | None:
+    """The adapter of the options by the name of its folder; None without one."""
+    return None if args.adapter is None else {args.adapter.resolve().name: args.adapter}
+
+
 def load_options(args: argparse.Namespace, max_batch: int | None = 1) -> LoadOptions:
     """Options on where a model is found and how much memory it may take."""
     return {
@@ -45,6 +50,7 @@ def load_options(args: argparse.Namespace, max_batch: int | None = 1) -> LoadOpt
         "codec_revision": args.codec_revision,
         "cache_dir": args.cache_dir,
         "local_files_only": args.offline,
+        "adapters": adapters_of(args),
         "codec_rope": args.codec_rope,
         "max_batch": max_batch,
         "max_seq_len": args.max_seq_len,
@@ -74,7 +80,8 @@ def load_model(
     """The model of the options; `quantization` replaces theirs, None as `max_batch` what fits."""
     device, (lm, codec) = find_device(args.device), find_pair(args)
     if Path(lm).parent != NANO:
-        say(f"loading {lm} and {codec}")
+        merged = f", with {args.adapter} merged" if args.adapter else ""
+        say(f"loading {lm} and {codec}{merged}")
     options, chosen = load_options(args, max_batch), quantization or args.quantization
     # Before its weights are read.
     check_asked(open_lm(find(lm, options))[0], args)

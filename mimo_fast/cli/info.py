@@ -3,7 +3,7 @@
 import argparse
 
 from mimo_fast.bench.machine import describe_checkpoint, describe_machine, describe_products
-from mimo_fast.cli.common import find_pair
+from mimo_fast.cli.common import adapters_of, find_pair
 from mimo_fast.runtime.loading import HubOptions
 
 
@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> int:
         # Only one was named: its published counterpart is not described.
         if named or not alone:
             hub["revision"] = args.revision if kind == "lm" else args.codec_revision
-            for line in describe_checkpoint(source, kind, hub, args.codec_rope):
+            adapters = adapters_of(args)
+            for line in describe_checkpoint(source, kind, hub, args.codec_rope, adapters):
                 print(line)
     return 0

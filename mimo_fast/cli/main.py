@@ -253,6 +253,9 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("--format", choices=("int8", "int4", "nf4"), default="int4", help="[int4]")
     _add_hub_options(pack)
 
+    join = "Merge a fine-tune's PEFT adapter into a language model's checkpoint."
+    _add_merge_options(command("merge", join, None))
+
     measure = "Measure on speech what streams with an elastic look-ahead begin with."
     known = command("calibrate", measure, None)
     known.add_argument("codec", metavar="CODEC", help="directory or hub id of the audio tokenizer")
@@ -302,6 +305,19 @@ def _add_talk_options(parser: argparse.ArgumentParser) -> None:
     sound.add_argument("--echo-cancel", action="store_true", help=echo)
 
 
+def _add_merge_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(folder="target")
+    chosen = os.environ.get("MIMO_FAST_MODEL") or None
+    named = f"directory or hub id of the language model [{chosen or EMBEDDED}]"
+    parser.add_argument("--model", default=chosen, metavar="DIR|ID", help=named)
+    _add_adapter(parser, required=True)
+    place = "directory to write into"
+    parser.add_argument(
+        "-o", "--output", dest="target", type=path, required=True, metavar="OUT", help=place
+    )
+    _add_hub_options(parser)
+
+
 def _add_model_options(parser: argparse.ArgumentParser, published: str, default: str) -> None:
     group = parser.add_argument_group(
         "model", f"one without the other goes with {published} or {PUBLISHED_CODEC}"
@@ -313,6 +329,7 @@ def _add_model_options(parser: argparse.ArgumentParser, published: str, default:
         chosen = os.environ.get(variable) or None
         named = f"{what} [{chosen or default}]"
         group.add_argument(option, default=chosen, metavar="DIR|ID", help=named)
+    _add_adapter(group)
     _add_hub_options(group)
     group.add_argument("--codec-revision", help="of the codec, on the hub")
     _add_codec_rope(group)
@@ -335,6 +352,14 @@ def _add_hub_options(group: argparse._ActionsContainer) -> None:
     group.add_argument("--revision", help="of the language model, on the hub")
     group.add_argument("--cache-dir", type=path, help="where downloads are kept")
     group.add_argument("--offline", action="store_true", help="use only what is already downloaded")
+
+
+def _add_adapter(group: argparse._ActionsContainer, required: bool = False) -> None:
+    what = "folder of a PEFT adapter to merge into the language model"
+    note = "" if required else ", while loading [none]"
+    group.add_argument(
+        "--adapter", type=path, required=required, metavar="DIR", help=f"{what}{note}"
+    )
 
 
 def _add_codec_rope(

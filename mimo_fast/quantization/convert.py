@@ -1,6 +1,5 @@
 """Writes quantized checkpoints tensor by tensor; `WeightSource` reads dense and quantized ones."""
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from tqdm import tqdm
 
 from mimo_fast.checkpoint.files import SHARD_BYTES, open_weights, write_checkpoint
 from mimo_fast.checkpoint.folder import check_new_folder, new_folder
-from mimo_fast.checkpoint.hub import HUB_FILES
+from mimo_fast.checkpoint.hub import copy_companions
 from mimo_fast.checkpoint.layout import Shapes, lm_counts, lm_shapes
 from mimo_fast.config import LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
@@ -235,20 +234,7 @@ def write_quantized(
     dtype = {name: dtypes.get(name, usual) for name, (_, usual) in stored.items()}
     config = {**raw, CONFIG_KEY: entry}
     with new_folder(target) as folder:
-        _copy_tokenizer(copy_from, folder)
+        copy_companions(copy_from, folder)
         options: dict[str, Any] = {"config": config, "shard_bytes": shard_bytes}
         write_checkpoint(folder, wanted, pieces, dtype=dtype, **options)
     return errors
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    skipped = {"config.json", "model.safetensors.index.json"}
-    for pattern in HUB_FILES:
-        for path in source.glob(pattern):
-            if path.suffix == ".safetensors" or path.name in skipped or not path.is_file():
-                continue
-            try:
-                shutil.copyfile(path, target / path.name)
-            except OSError as error:
-                problem = f"cannot copy {path} ({error.strerror or error})"
-                raise CheckpointError(f"{problem}: free space or write elsewhere") from error

@@ -1,6 +1,6 @@
 """Checkpoint directories -> language model, codec and tokenizer on a device."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo_fast.arguments import suggestion
+from mimo_fast.checkpoint.adapters import AdaptedWeights, open_adapter
 from mimo_fast.checkpoint.files import Weights, find_checkpoint, open_weights
 from mimo_fast.checkpoint.layout import (
     codec_counts,
@@ -72,6 +73,8 @@ class LoadOptions(HubOptions, total=False):
     """Options of memory use and of the codec, besides those of the hub.
 
     Attributes:
+        adapters: Name -> folder of a PEFT adapter, which is merged into the language model's
+            weights as they are read; one at most.
         codec_rope: Rotary frequencies of the codec, "exact" or "bfloat16", that is rounded to it as
             upstream rounds those of the published codec; None for what the checkpoint states.
         max_batch: Number of requests decoded at once; None for as many as fit, at most 4.
@@ -87,6 +90,7 @@ class LoadOptions(HubOptions, total=False):
             beyond raises BusyError. None for no bound.
     """
 
+    adapters: Mapping[str, PathLike] | None
     codec_rope: str | None
     max_batch: int | None
     max_seq_len: int | None
@@ -114,7 +118,7 @@ def load_parts(
     for_codec = LoadOptions(**options)
     for_codec["revision"] = options.get("codec_revision")
     lm_dir, codec_dir = find(lm, options), find(codec, for_codec)
-    lm_config, lm_weights, stored = open_lm(lm_dir)
+    lm_config, lm_weights, stored = open_lm(lm_dir, options.get("adapters"))
     codec_config, codec_weights = open_codec(codec_dir, options.get("codec_rope"))
     _check_pair(lm_config, codec_config)
     tokenizer = Tokenizer.from_directory(lm_dir)
@@ -142,6 +146,7 @@ def load_parts(
         mapped=target.type == "cpu",
         converted=lm_dtype != stored_dtype,
         codec_converted=codec_dtype != codec_weights.dtype("encoder.conv1.weight"),
+        merged=lm_weights.changed,
         graphs=graphs,
         prompt_graphs=captured,
         encoder_graphs=encodes,
@@ -236,8 +241,13 @@ def find(source: PathLike, hub: HubOptions) -> Path:
     )
 
 
-def open_lm(directory: Path) -> tuple[LMConfig, Weights, dict[str, Format]]:
-    """Config, weights and stored formats of a language model; names and shapes are checked."""
+def open_lm(
+    directory: Path, adapters: Mapping[str, PathLike] | None = None
+) -> tuple[LMConfig, Weights, dict[str, Format]]:
+    """Config, weights and stored formats of a language model; names and shapes are checked.
+
+    With an adapter the weights are `AdaptedWeights`.
+    """
     path = directory / "config.json"
     raw = read_json(path)
     if raw.get(FOREIGN_KEY):
@@ -257,7 +267,22 @@ def open_lm(directory: Path) -> tuple[LMConfig, Weights, dict[str, Format]]:
                 "in this model can be: quantize again"
             )
     weights.validate(stored_shapes(shapes, stored), packed=stored_types(shapes, stored))
+    if adapters:
+        adapter = open_adapter(_only(adapters))
+        adapter.check(shapes, weights, config.tie_embeddings)
+        weights = AdaptedWeights(weights, adapter)
+        config = replace(config, adapters=(*config.adapters, adapter.digest))
     return config, weights, stored
+
+
+def _only(adapters: Mapping[str, PathLike]) -> PathLike:
+    if len(adapters) > 1:
+        names = ", ".join(cut(name) for name in adapters)
+        raise CheckpointError(
+            f"{len(adapters)} adapters were given ({names}), and a model is loaded with one, which "
+            "is merged into its weights: load a model for each"
+        )
+    return next(iter(adapters.values()))
 
 
 def open_codec(directory: Path, rope: str | None = None) -> tuple[CodecConfig, Weights]:

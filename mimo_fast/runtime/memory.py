@@ -51,6 +51,7 @@ class Setup:
             and the system can evict.
         converted, codec_converted: Whether dense weights have another type there, and so are
             copied.
+        merged: Names of tensors that an adapter changes: these are no longer the file's.
         graphs: Whether it decodes with CUDA graphs; the states of codec streams then stay
             allocated.
         prompt_graphs, encoder_graphs: Whether prompts, and encodes of recordings, are captured as
@@ -70,6 +71,7 @@ class Setup:
     mapped: bool = False
     converted: bool = False
     codec_converted: bool = False
+    merged: frozenset[str] = frozenset()
     graphs: bool = False
     prompt_graphs: bool = False
     encoder_graphs: bool = False
@@ -119,7 +121,8 @@ class Setup:
         self, shapes: Shapes, formats: Mapping[str, Format], dtype: torch.dtype, converted: bool
     ) -> int:
         if self.mapped and not converted:
-            shapes = {name: shapes[name] for name in formats if name in shapes}
+            own = formats.keys() | self.merged
+            shapes = {name: shape for name, shape in shapes.items() if name in own}
         stored = stored_tensors(shapes, formats, dtype).values()
         return sum(math.prod(shape) * kind.itemsize for shape, kind in stored)
 

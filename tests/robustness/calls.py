@@ -46,6 +46,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
         "max_batch": 1,
         "max_seq_len": GROUPS,
         "kv_cache": None,
+        "adapters": {"a": str(KIT.parent / "adapters" / "qkvo")},
         "codec_rope": "exact",
         "offload": [],
         "local_files_only": True,

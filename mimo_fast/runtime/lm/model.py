@@ -141,8 +141,10 @@ class LM:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells this model from others: its dimensions and some of its weights."""
+        """Tells this model from others: its dimensions, adapters and some of its weights."""
         digest = hashlib.sha256(repr(self.config).encode())
+        # Most leave the weights below as they were.
+        digest.update("".join(self.config.adapters).encode())
         for tensor in (self.backbone.norm, self.patch_decoder.norm, self.code_embeddings[:4]):
             digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
