@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -193,7 +194,7 @@ def test_the_option_has_one_name_everywhere(model, audio):
         (model.get_spoken_dialogue_sft_prompt, [audio[1], text]),
         (model.get_text_dialogue_sft_prompt, [text]),
         (model.get_in_context_learning_s2s_prompt, [text, [], audio[1]]),
-        (model.get_asr_sft_prompt, [audio[1], text]),
+        (partial(model.get_asr_sft_prompt, template=text), [audio[1]]),
     ):
         counts = [
             (prompt(*request, special_tokens=each)[0] == model.im_end_idx).sum()
