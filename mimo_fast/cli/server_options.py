@@ -144,7 +144,7 @@ def _shown(each: Field[Any]) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if each.metadata.get("unit") == "bytes":
-        return f"{value >> 20}M"
+        return f"{value >> 20}M" if value else "0"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
