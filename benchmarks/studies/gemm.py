@@ -31,6 +31,7 @@ from benchmarks.studies.products import (
     Library,
     Shape,
     Weight,
+    add_options,
     copies,
     off,
     random,
@@ -225,19 +226,8 @@ def line(record: Record) -> str:
 
 def main() -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--library", type=Path, default=cuda.LIBRARY, help="a build of csrc/cuda")
+    add_options(parser, bits=(4, 8), seconds=30, variants=(64, 128, 256))
     parser.add_argument("--out", type=Path, help="a JSON file")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], choices=(4, 8))
-    parser.add_argument(
-        "--seconds", type=float, default=30, help="after which no measurement begins"
-    )
-    parser.add_argument(
-        "--variants",
-        type=int,
-        nargs="*",
-        default=[64, 128, 256],
-        help="numbers of rows with which to time each configuration",
-    )
     arguments = parser.parse_args()
     torch.manual_seed(time.time_ns() % 2**31)
     print(f"{card()}; microseconds and TFLOP/s", flush=True)

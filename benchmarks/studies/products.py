@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -388,6 +388,24 @@ def line(record: Record, names: list[str]) -> str:
     if "variants" in record:
         parts.append(" ".join(f"{name} {value}" for name, value in record["variants"].items()))
     return f"{head}  " + "  ".join(parts)
+
+
+def add_options(
+    parser: argparse.ArgumentParser, bits: Sequence[int], seconds: float, variants: Sequence[int]
+) -> None:
+    """The options of a study of one build, with their defaults."""
+    parser.add_argument("--library", type=Path, default=cuda.LIBRARY, help="a build of csrc/cuda")
+    parser.add_argument("--bits", type=int, nargs="+", default=[*bits], choices=bits)
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help="after which no measurement begins"
+    )
+    parser.add_argument(
+        "--variants",
+        type=int,
+        nargs="*",
+        default=[*variants],
+        help="numbers of rows with which to time each configuration",
+    )
 
 
 def main() -> int:

@@ -39,6 +39,7 @@ from benchmarks.studies.products import (
     Inputs,
     Shape,
     Weight,
+    add_options,
     copies,
     off,
     random,
@@ -276,19 +277,8 @@ def line(record: Record) -> str:
 
 def main() -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--library", type=Path, default=cuda.LIBRARY, help="a build of csrc/cuda")
+    add_options(parser, bits=(4, 8, 16), seconds=50, variants=(16, 64, 128))
     parser.add_argument("--out", type=Path, help="a JSON file")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8, 16], choices=(4, 8, 16))
-    parser.add_argument(
-        "--seconds", type=float, default=50, help="after which no measurement begins"
-    )
-    parser.add_argument(
-        "--variants",
-        type=int,
-        nargs="*",
-        default=[16, 64, 128],
-        help="numbers of rows with which to time each configuration",
-    )
     parser.add_argument("--predict", action="store_true", help="for an H100, and do no more")
     arguments = parser.parse_args()
     loaded = ctypes.CDLL(str(arguments.library.resolve()))
