@@ -73,8 +73,11 @@ class LoadOptions(HubOptions, total=False):
     """Options of memory use and of the codec, besides those of the hub.
 
     Attributes:
-        adapters: Name -> folder of a PEFT adapter, which is merged into the language model's
-            weights as they are read; one at most.
+        adapters: Name -> folder of a PEFT adapter of the language model.
+        merge_adapters: True to merge the one adapter into the weights as they are read, so that
+            every request has it; False to keep adapters beside the weights, so that each request
+            chooses one or none. None merges where one is given and the weights are not stored
+            quantized.
         codec_rope: Rotary frequencies of the codec, "exact" or "bfloat16", that is rounded to it as
             upstream rounds those of the published codec; None for what the checkpoint states.
         max_batch: Number of requests decoded at once; None for as many as fit, at most 4.
@@ -91,6 +94,7 @@ class LoadOptions(HubOptions, total=False):
     """
 
     adapters: Mapping[str, PathLike] | None
+    merge_adapters: bool | None
     codec_rope: str | None
     max_batch: int | None
     max_seq_len: int | None

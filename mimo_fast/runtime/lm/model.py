@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mimo_fast.arguments import checked
+from mimo_fast.arguments import checked, suggestion
 from mimo_fast.config import LMConfig, TransformerConfig
+from mimo_fast.json_files import shown
 from mimo_fast.kernels.cpu.transformer import Product
 from mimo_fast.kernels.matmul.product import matmul, matmul_by_part
 from mimo_fast.kernels.patch_embed import patch_embed
@@ -65,7 +66,15 @@ class LM:
         source: its weights, on the device and in the dtype to compute in.
         frequencies: rotary frequencies [Dh / 2] of backbone, patch encoder and patch decoder; None
             for those of the config.
+
+    Attributes:
+        adapters: Names of the adapters that a slot may have, in order. Place 0 of
+            `DecodeState.adapters` is the model without one, place i + 1 is adapters[i].
+        adapter_digests: What tells the adapters of all places from others; "" for place 0.
     """
+
+    adapters: tuple[str, ...] = ()
+    adapter_digests: tuple[str, ...] = ("",)
 
     def __init__(
         self,
@@ -148,6 +157,30 @@ class LM:
         for tensor in (self.backbone.norm, self.patch_decoder.norm, self.code_embeddings[:4]):
             digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def place_of(self, adapter: str | None) -> int:
+        """The place of an adapter by its name; 0 for None.
+
+        Raises:
+            ValueError: the model has no adapter of that name.
+        """
+        if adapter is None:
+            return 0
+        if adapter not in self.adapters:
+            known = "load the model with adapters={name: folder}"
+            if self.adapters:
+                known = f"{suggestion(adapter, self.adapters)} Use {', '.join(self.adapters)}"
+            raise ValueError(f"no adapter {shown(adapter)}: {known}")
+        return 1 + self.adapters.index(adapter)
+
+    def variant(self, place: int) -> "LM":
+        """The model with the adapter of one place, for rows that all have it; 0 for none."""
+        return self
+
+    @property
+    def adapter_nbytes(self) -> int:
+        """Bytes that its adapters hold beside the model's own weights."""
+        return 0
 
     @property
     def prefill_chunk(self) -> int:

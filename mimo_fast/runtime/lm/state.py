@@ -99,6 +99,8 @@ class DecodeState:
         draws: Number of groups drawn, int64 [B + 1]; seed and draws identify every draw.
         text_sampler, code_sampler: Sampler settings of each slot.
         banned: Text ids that must not be drawn, bool [B + 1, V].
+        adapters: Place of the adapter of each slot (`LM.place_of`), in host memory, B + 1 entries; 0
+            for none. Whoever gives a slot to a sequence sets it before its prompt is prefilled.
     """
 
     cache: KVCache
@@ -115,6 +117,7 @@ class DecodeState:
     text_sampler: SamplerTensors
     code_sampler: SamplerTensors
     banned: Tensor
+    adapters: list[int]
 
     @classmethod
     def allocate(
@@ -151,6 +154,7 @@ class DecodeState:
             text_sampler=_any_settings(rows, device),
             code_sampler=_any_settings(rows, device),
             banned=zeros(config.vocab_size, dtype=torch.bool),
+            adapters=[0] * rows,
         )
 
     @property
