@@ -111,7 +111,7 @@ class AdaptedLM(LM):
 
     def _groups(self, state: DecodeState, slots: Tensor) -> Iterator[tuple[LM, Tensor]]:
         """Variants, and indices of the rows of each; slots are read on the host."""
-        for place, rows in by_place(state, slots.tolist()).items():
+        for place, rows in (by_place(state, slots.tolist()) or {0: []}).items():
             indices = torch.tensor(rows, dtype=torch.int64, device=slots.device)
             yield self._variants[place], indices
 
