@@ -79,6 +79,7 @@ class LM:
         adapter_digests: What tells the adapters of all places from others; "" for place 0.
     """
 
+    _variants: "tuple[LM, ...]" = ()
     adapters: tuple[str, ...] = ()
     adapter_digests: tuple[str, ...] = ("",)
 
@@ -191,8 +192,14 @@ class LM:
         return 1 + self.adapters.index(adapter)
 
     def variant(self, place: int) -> "LM":
-        """The model with the adapter of one place, for rows that all have it; 0 for none."""
-        return self
+        """The model with the adapter of one place, for rows that all have it; 0 for none.
+
+        Raises:
+            ValueError: no adapter has that place.
+        """
+        if not 0 <= place <= len(self.adapters):
+            raise ValueError(f"place must be 0 to {len(self.adapters)}, not {place}")
+        return self._variants[place] if self._variants else self
 
     @property
     def adapter_nbytes(self) -> int:

@@ -41,9 +41,6 @@ class AdaptedLM(LM):
         self._variants = base, *variants
         self.adapters, self.adapter_digests = tuple(adapters), ("", *digests)
 
-    def variant(self, place: int) -> LM:
-        return self._variants[place]
-
     @cached_property
     def adapter_nbytes(self) -> int:
         base, *variants = self._variants

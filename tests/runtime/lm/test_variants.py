@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fine_tunes import some_adapters
+from fine_tunes import adapter, some_adapters
 from helpers import ADAPTERS, KIT_PAIR, refuses, write_pair
 from replays import Counted, repeated
 from replies import GREEDILY, SAMPLED
@@ -493,9 +493,9 @@ class TestQuantized:
         folder, adapters = nano if which == "nano" else (KIT_PAIR[0], FOLDERS)
         lm = of_form(f"{'stored ' * stored}{form}", folder, adapters, tmp_path_factory)
         ids = golden.get("prompts:asr").long()
-        for name, adapter in adapters.items():
+        for name, fine_tune in adapters.items():
             variant, found = lm.variant(lm.place_of(name)), []
-            for each in (variant, Unpacked(folder, adapter, form, stored).model(lm)):
+            for each in (variant, Unpacked(folder, fine_tune, form, stored).model(lm)):
                 state = each.new_state([0], CAPACITY)
                 each.prefill(ids, state, 0)
                 hidden = state.hidden[:1]
@@ -535,8 +535,43 @@ class TestNames:
         refuses(r"^no adapter 'qkv': did you mean 'qkvo'\? Use qkvo, ", lm.place_of, "qkv")
         refuses(r"^no adapter 'qkvo': load the model with adapters=", model.lm.place_of, "qkvo")
 
+    def test_places_of_none(self, lm, model):
+        for each, place in ((lm, 6), (lm, -1), (model.lm, 1), (model.lm, -1)):
+            refuses(f"^place must be 0 to {len(each.adapters)}, not {place}$", each.variant, place)
+
     def test_the_fingerprint_is_that_of_the_model(self, lm, model):
         assert lm.fingerprint == model.lm.fingerprint
+
+
+class TestRefused:
+    """What merging refuses too, and what only shows beside the weights."""
+
+    def test_a_scale_that_makes_it_infinite(self, tmp_path):
+        module = "model.layers.0.self_attn.q_proj"
+        a, b = torch.full((2, 64), 1e-6), torch.full((64, 2), 1e17)
+        tensors = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        folder = adapter(tmp_path / "a", tensors, lora_alpha=1e6)
+        message = f"with its scale the adapter of {module}.weight holds NaN"
+        given = {"adapters": {"a": folder}, "merge_adapters": False}
+        refuses(message, adapted, kind=mimo_fast.CheckpointError, **given)
+
+    def test_a_magnitude_without_a_norm(self, tmp_path):
+        module = "model.layers.0.self_attn.q_proj"
+        a, b = torch.zeros(2, 64), torch.zeros(64, 2)
+        weight = open_lm(KIT_PAIR[0]).weights.get(f"{module}.weight")
+        # B A is -W in the first row alone.
+        a[0], b[0, 0] = weight[0], -1.0
+        tensors = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        tensors[f"{module}.lora_magnitude_vector"] = torch.ones(64)
+        folder = adapter(tmp_path / "a", tensors, lora_alpha=2, use_dora=True)
+        given = {"adapters": {"a": folder}, "merge_adapters": False}
+        refuses("q_proj.weight holds NaN", adapted, kind=mimo_fast.CheckpointError, **given)
+
+    def test_a_table_that_is_also_the_text_head(self, tmp_path):
+        directory, _ = write_pair(tmp_path, {"tie_word_embeddings": True}, {})
+        adapters = {"a": FOLDERS["heads_embeddings"], "b": FOLDERS["qkvo"]}
+        kind = mimo_fast.CheckpointError
+        refuses("changes lm_head|text head", adapted, directory, kind=kind, adapters=adapters)
 
 
 def test_a_weight_of_an_adapter_that_is_not_finite_is_named(lm, golden):
