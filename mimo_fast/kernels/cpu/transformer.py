@@ -333,6 +333,7 @@ def _adapted_linear(weight: AdaptedWeight) -> Any:
             made.adapt(**given, rank=len(own), first=first, rows=rows.count)
             rank += len(own)
         first += rows.count
+    native.expect(rank == len(a), "A has rows of no B")
     if weight.factor is not None:
         made.scale(**native.addresses(factor=weight.factor, bias=weight.bias))
     return made

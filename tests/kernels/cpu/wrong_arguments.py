@@ -48,7 +48,7 @@ RIGHT = (
     *(f"*, *, {layout}" for layout in (*SAME_VALUES, "first row expanded")),
     # Sizes that are the caller's choice.
     *("*, table, dim 1 longer", "*, table, dim 1 shorter", "attention*, table, dim 1 empty"),
-    "adapted, x, dim 0 *",
+    *("adapted, x, dim 0 *", "adapted, x, dim ? twice"),
     *(f"encode, x, dim {dim} {change}" for dim in (0, 1) for change in ("longer", "shorter")),
     *("encode, x, dim ? empty", "patch, step, dim 1 *", "text, banned, dim 0 missing"),
     *("product *, x, dim ? twice", "product *, residual, dim 0 *"),

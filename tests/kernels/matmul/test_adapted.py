@@ -224,12 +224,13 @@ class TestMisfits:
             {"rows": (first,)},
             {"a": Weight.stack([torch.zeros(16, 64)])},
             {"a": Weight.stack([torch.zeros(8, COLUMNS)])},
+            {"a": Weight.stack([torch.zeros(24, COLUMNS)])},
             {"a": Weight.stack([torch.zeros(8, COLUMNS), torch.zeros(8, COLUMNS)])},
             {"factor": torch.ones(63)},
             {"bias": torch.ones(65)},
         ):
             fields = vars(weight) | changed
-            with pytest.raises(ValueError, match=r"fit|width|row blocks|of no row|not float32"):
+            with pytest.raises(ValueError, match=r"fit|width|row blocks|of no|not float32"):
                 Product(AdaptedWeight(**fields))
 
     @pytest.mark.parametrize("name", ["a", "factor", "bias"])
