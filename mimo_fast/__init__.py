@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         MimoFastError,
         NumericError,
         PromptError,
+        TaskError,
     )
     from mimo_fast.generation import generate
     from mimo_fast.mimo_audio import MimoAudio, load
@@ -85,6 +86,7 @@ __all__ = [
     "PromptError",
     "ReplyText",
     "Session",
+    "TaskError",
     "Timing",
     "accelerate",
     "batch",
@@ -114,6 +116,7 @@ _HOMES = {
         "MimoFastError",
         "NumericError",
         "PromptError",
+        "TaskError",
     ),
     "generation": ("generate",),
     "mimo_audio": ("MimoAudio", "load"),

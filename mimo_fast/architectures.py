@@ -7,7 +7,7 @@ here, so that nothing else asks which of them is loaded.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mimo_fast.errors import PromptError
+from mimo_fast.errors import PromptError, TaskError
 from mimo_fast.json_files import shown
 
 LANGUAGES = {"en": "english", "zh": "chinese"}
@@ -33,10 +33,10 @@ class Architecture:
     tags: tuple[tuple[str, str], ...] = ()
 
     def check_task(self, name: str) -> None:
-        """Raises PromptError for a task that the model does not do."""
+        """Raises TaskError for a task that the model does not do."""
         if self.tasks and name not in self.tasks:
             problem = f"{self.model} does {' and '.join(self.tasks)} alone, not {name}"
-            raise PromptError(f"{problem}: load {MIMO_AUDIO.model} for it")
+            raise TaskError(f"{problem}: load {MIMO_AUDIO.model} for it")
 
     def tag_of(self, language: str | None) -> str:
         """The tag of a language by its code, in any region, or its name; "" for None.

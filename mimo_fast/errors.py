@@ -42,6 +42,10 @@ class PromptError(MimoFastError):
     """A prompt is malformed or does not fit into the context."""
 
 
+class TaskError(PromptError):
+    """The loaded model does not do the task that was asked for."""
+
+
 class BusyError(MimoFastError):
     """The engine's queue is full: try again later."""
 

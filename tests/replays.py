@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mimo_fast.runtime.codec.layers import LayerByLayer
 from mimo_fast.runtime.codec.model import Codec
-from mimo_fast.runtime.codec.state import CodecPools
+from mimo_fast.runtime.codec.pools import CodecPools
 from mimo_fast.runtime.lm.graphs import Capture, Run
 
 

@@ -19,6 +19,7 @@ ROOMS = (
         "modes",
         "process",
         "json_files",
+        "config_reader",
         "architectures",
         "config",
     ),

@@ -24,10 +24,8 @@ from benchmarks.studies.common import Record, collect, parser_of
 from mimo_fast import MimoAudio
 from mimo_fast.bench.machine import describe_machine
 from mimo_fast.kernels.cpu import library as native
-from mimo_fast.kernels.cpu.codec_decoder import Chunk
 from mimo_fast.kernels.matmul.product import Weight
-from mimo_fast.runtime.codec.fused import buffers_of, fused_decoder
-from mimo_fast.runtime.codec.state import new_state
+from mimo_fast.runtime.codec.together import Push
 from mimo_fast.runtime.lm.executor import _native
 from mimo_fast.runtime.lm.transformer import TransformerWeights
 from mimo_fast.sampling import MiMoSampler, sampler_tensors
@@ -35,8 +33,6 @@ from mimo_fast.sampling import MiMoSampler, sampler_tensors
 RUNS = 20
 POSITIONS = 150
 """Of a row of the backbone before the step."""
-
-CODES = 4
 
 
 def least(call: Callable[[], Any]) -> float:
@@ -89,18 +85,13 @@ def calls(model: MimoAudio, rows: int) -> Iterator[tuple[str, float, float]]:
     local = lm.local_hidden(state.hidden[slots])
     yield "patch", least(lambda: lm.decode_patch(local, state, slots, settings)), 0
     codec = model.codec
-    decoder = fused_decoder(codec)
-    assert decoder is not None
-    states = [new_state(codec.config, 1, torch.float32, codec.device) for _ in range(rows)]
-    buffers, hidden = [buffers_of(each) for each in states], torch.randn(CODES, codec.config.dim)
+    size = lm.config.channels, lm.config.group_size
+    streams = [codec.stream(lookahead=1, again=0) for _ in range(rows)]
 
     def chunk() -> None:
-        chunks = [
-            Chunk(place, 0, hidden, each.frames, each.committed, 16, 0, False, False)
-            for place, each in zip(buffers, states, strict=True)
-        ]
-        for each, found in zip(states, decoder.decode(chunks), strict=True):
-            each.frames, each.committed = found.frames, found.committed
+        pushes = [Push(each, torch.randint(128, size)) for each in streams]
+        for found in codec.advance(pushes):
+            assert isinstance(found, torch.Tensor), found
 
     chunk()
     yield "codec chunk", least(chunk), 0

@@ -12,6 +12,7 @@ from mimo_fast.errors import (
     DeviceMemoryError,
     NumericError,
     PromptError,
+    TaskError,
 )
 
 
@@ -62,6 +63,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, AudioError):
         return ApiError(str(error), 400, "invalid_audio")
+    if isinstance(error, TaskError):
+        return ApiError(str(error), 400, "unsupported_value")
     if isinstance(error, PromptError):
         return ApiError(str(error), 400, "context_length_exceeded")
     if isinstance(error, BusyError):

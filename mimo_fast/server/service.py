@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from mimo_fast.audio.segments import Piece, pieces_by_block
+from mimo_fast.errors import TaskError
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.engine.stream import Chunk
 from mimo_fast.runtime.lm.decode import Samplers
@@ -27,7 +28,7 @@ from mimo_fast.text.spelling import spell
 from mimo_fast.text.templates import ASR_TEMPLATES_IN
 from mimo_fast.text.transcript import TranscriptSegment
 
-TTS = "tts_sft"
+ASR, TTS, DIALOGUE = "asr_sft", "tts_sft", "spoken_dialogue_sft"
 
 
 def heard(chunk: Chunk) -> float:
@@ -88,6 +89,7 @@ class Service:
 
     Attributes:
         name: The model's name in `/v1/models`.
+        config: The model's, also while it is not loaded.
         threads: Where clients' audio is decoded and encoded.
     """
 
@@ -96,13 +98,25 @@ class Service:
     worker: Worker = field(default_factory=Worker)
     threads: AudioThreads = field(default_factory=AudioThreads)
 
+    def __post_init__(self) -> None:
+        # What a model can do stays as it is while its memory is given to others.
+        self.config = self.model.lm.config
+
     @property
     def sample_rate(self) -> int:
         return self.model.codec.sample_rate
 
     def knows(self, task: str, option: str | None = None) -> bool:
         """Whether the model was trained for a task, or an option of it, as far as it states."""
-        return self.model.lm.config.is_trained(task, option)
+        return self.config.is_trained(task, option)
+
+    def check_converses(self) -> None:
+        """Raises ApiError where the model, by its architecture, answers nobody."""
+        try:
+            self.config.architecture.check_task(DIALOGUE)
+        except TaskError as error:
+            problem = f"{error}, or connect with ?intent=transcription"
+            raise ApiError(problem, 400, "unsupported_value", "session.type") from None
 
     def check_words(self, text: str, param: str = "input") -> None:
         """Raises ApiError where a model of few words has none for a text."""

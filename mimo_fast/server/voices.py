@@ -21,6 +21,7 @@ from mimo_fast.audio.files import DecodeLimits, load_audio
 from mimo_fast.audio.writing import save_wav
 from mimo_fast.errors import ConfigError
 from mimo_fast.server.errors import ApiError
+from mimo_fast.server.service import TTS
 
 ALIASES = (
     *("alloy", "ash", "ballad", "coral", "echo", "fable", "onyx", "nova", "sage", "shimmer"),
@@ -170,8 +171,10 @@ def _read(folder: Path) -> list[Voice]:
 
 
 async def list_voices(request: Request) -> Response:
-    """`GET /v1/audio/voices`."""
-    found = [voice.described() for voice in request.app.state.voices]
+    """`GET /v1/audio/voices`: none of a model that does not speak."""
+    state = request.app.state
+    voices = state.voices if state.service.knows(TTS) else ()
+    found = [voice.described() for voice in voices]
     return JSONResponse({"object": "list", "data": found, "voices": found})
 
 

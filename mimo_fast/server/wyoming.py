@@ -37,7 +37,7 @@ from mimo_fast.server.limits import ARRIVAL, CALM, SESSION_WAIT, STILL, Places
 from mimo_fast.server.logs import log, log_failure, request_id, words_wanted
 from mimo_fast.server.protocols import STALL
 from mimo_fast.server.security import Rates
-from mimo_fast.server.service import Service
+from mimo_fast.server.service import ASR, TTS, Service
 from mimo_fast.server.settings import Settings
 from mimo_fast.server.speech import PATIENCE, Manner, Narrator
 from mimo_fast.server.transcriptions import Asked, Found, Work, language_of, transcribe
@@ -67,8 +67,6 @@ class Wyoming:
         self._settings: Settings = app.state.settings
         self._connections = dict[asyncio.Task[None], _Connection]()
         self._rates = Rates(self._settings.max_rate)
-        # Asked once: later the model may be out of memory, and what it can do stays as it is.
-        self._clones = app.state.service.knows("tts_sft", "prompt_speech")
         allowed = self._settings.wyoming_clients
         self._allowed = [ip_network(each, strict=False) for each in allowed]
 
@@ -95,7 +93,7 @@ class Wyoming:
         if crowded or self._app.state.stopping or not self._may(peer) or self._rates.wait(peer):
             writer.transport.abort()
             return
-        connection = _Connection(self._app, reader, writer, peer, self._rates, self._clones)
+        connection = _Connection(self._app, reader, writer, peer, self._rates)
         self._connections[task] = connection
         try:
             await connection.run()
@@ -122,9 +120,8 @@ class _Connection:
         writer: asyncio.StreamWriter,
         peer: str,
         rates: Rates,
-        clones: bool,
     ) -> None:
-        self._rates, self._clones = rates, clones
+        self._rates = rates
         self._state, self._reader, self._writer, self._peer = app.state, reader, writer, peer
         self._service: Service = app.state.service
         self._settings: Settings = app.state.settings
@@ -321,16 +318,19 @@ class _Connection:
                 "version": version,
             }
 
+        clones = service.knows(TTS, "prompt_speech")
         voices = [
             TtsVoice(**about(voice.name, voice.name), languages=known)
             for voice in self._state.voices
-            if (self._clones if voice.path is not None else voice.name not in ALIASES)
+            if (clones if voice.path is not None else voice.name not in ALIASES)
         ]
         model = AsrModel(**about(service.name, service.name), languages=known)
         program = about("mimo-fast", "MiMo-Audio")
+        hears = AsrProgram(**program, models=[model], supports_transcript_streaming=True)
+        speaks = TtsProgram(**program, voices=voices, supports_synthesize_streaming=True)
         return Info(
-            asr=[AsrProgram(**program, models=[model], supports_transcript_streaming=True)],
-            tts=[TtsProgram(**program, voices=voices, supports_synthesize_streaming=True)],
+            asr=[hears] if service.knows(ASR) else [],
+            tts=[speaks] if service.knows(TTS) else [],
         )
 
     # Transcripts
@@ -382,7 +382,7 @@ class _Connection:
         voice = self._state.voices.find(name)
         if voice is None:
             raise refusal(f"there is no voice {str(name)[:60]!r}: describe lists them", "voice")
-        if voice.path is not None and not self._clones:
+        if voice.path is not None and not self._service.knows(TTS, "prompt_speech"):
             raise refusal(f"{self._service.name} speaks with one voice alone", "voice")
         return Manner(voice.path, None, "pcm", 1.0, None)
 

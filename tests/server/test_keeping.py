@@ -1,6 +1,7 @@
 """A model that nobody uses is freed, and loaded again for whoever comes next."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from servers import start, until
@@ -18,6 +19,8 @@ SPEECH = "/v1/audio/speech"
 
 class Model:
     """Stands for a model that can be closed."""
+
+    lm = SimpleNamespace(config=None)
 
     def __init__(self):
         self.closed = False

@@ -33,8 +33,9 @@ from mimo_fast.kernels.defaults import NewPath, enabled
 from mimo_fast.runtime.codec.geometry import PATCH_FRAMES, patch_rows, streamable
 from mimo_fast.runtime.codec.incremental import RowNumbers, Shape, decode_rows
 from mimo_fast.runtime.codec.network import CodecNetwork
+from mimo_fast.runtime.codec.pools import CodecPool, CodecState
 from mimo_fast.runtime.codec.schedule import Known, Schedule, usual_schedules
-from mimo_fast.runtime.codec.state import CodecPool, CodecState, Rows, integers
+from mimo_fast.runtime.codec.state import Rows, integers
 from mimo_fast.runtime.lm.graphs import Capture, CudaCapture
 
 

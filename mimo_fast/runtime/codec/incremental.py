@@ -39,11 +39,11 @@ from mimo_fast.runtime.codec.geometry import vocoder_frames
 from mimo_fast.runtime.codec.layers import CodecStack, synthesize
 from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.codec.norms import NormKnowledge, row_moments, sums_of
+from mimo_fast.runtime.codec.pools import CodecState
 from mimo_fast.runtime.codec.schedule import Schedule
 from mimo_fast.runtime.codec.state import (
     BLOCK,
     RESTART_LIMIT,
-    CodecState,
     MeanVariance,
     Rows,
     StackState,

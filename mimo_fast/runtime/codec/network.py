@@ -36,7 +36,8 @@ from mimo_fast.runtime.codec.layers import (
     split_lengths,
 )
 from mimo_fast.runtime.codec.offload import offload
-from mimo_fast.runtime.codec.state import CodecPools, NormStatistics
+from mimo_fast.runtime.codec.pools import CodecPools
+from mimo_fast.runtime.codec.state import NormStatistics
 from mimo_fast.runtime.lm.transformer import GetTensor
 
 ENCODE_SEGMENT = 6000

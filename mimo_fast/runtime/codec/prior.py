@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mimo_fast.config import CodecConfig
 from mimo_fast.runtime.codec.norms import mean_variance
-from mimo_fast.runtime.codec.state import CodecState, NormStatistics, Rows, StateTensors
+from mimo_fast.runtime.codec.pools import CodecState
+from mimo_fast.runtime.codec.state import NormStatistics, Rows, StateTensors
 
 PRIOR_FRAMES = 50
 """Code frames that statistics count for in an elastic stream: 2 s. docs/LOG.md has the figures."""

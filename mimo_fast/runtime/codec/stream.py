@@ -10,13 +10,13 @@ from mimo_fast.modes import in_own_modes
 from mimo_fast.runtime.codec.geometry import LOOKAHEAD, Lookahead, streamable
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.network import CodecNetwork
+from mimo_fast.runtime.codec.pools import CodecState
 from mimo_fast.runtime.codec.prior import know
 from mimo_fast.runtime.codec.schedule import Known, Schedule
 from mimo_fast.runtime.codec.state import (
     ELASTIC_SETTLING,
     RESTART_LIMIT,
     SETTLING,
-    CodecState,
     NormStatistics,
     Rows,
 )

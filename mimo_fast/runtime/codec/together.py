@@ -27,16 +27,10 @@ from mimo_fast.runtime.codec.geometry import vocoder_frames
 from mimo_fast.runtime.codec.graphs import StreamGraphs
 from mimo_fast.runtime.codec.incremental import RowNumbers, Shape, codes_to_decode, decode_rows
 from mimo_fast.runtime.codec.network import CodecNetwork
+from mimo_fast.runtime.codec.pools import CodecPool, CodecState
 from mimo_fast.runtime.codec.prior import totals
 from mimo_fast.runtime.codec.schedule import Known, Schedule
-from mimo_fast.runtime.codec.state import (
-    WHOLE_UTTERANCE,
-    CodecPool,
-    CodecState,
-    Rows,
-    first_of,
-    integers,
-)
+from mimo_fast.runtime.codec.state import WHOLE_UTTERANCE, Rows, first_of, integers
 
 NATIVE = "_native_decoder"
 """Attribute of a codec that holds its native decoder; a copy with other layers makes its own."""

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from mimo_fast import __version__
 from mimo_fast.server.checks import Json
-from mimo_fast.server.service import Service
+from mimo_fast.server.service import ASR, DIALOGUE, TTS, Service
 from mimo_fast.server.voices import ALIASES
 
 CALLS = "/v1/realtime/calls"
@@ -112,23 +112,22 @@ async def page_config(request: Request) -> Response:
 
 def _knows(service: Service) -> dict[str, bool]:
     """What of the page's tasks the model was trained for."""
-    dialogue = "spoken_dialogue_sft"
     return {
-        "talk": service.knows(dialogue),
-        "instructions": service.knows(dialogue, "system_prompt"),
-        "memory": service.knows(f"{dialogue}_multiturn"),
-        "say": service.knows("tts_sft"),
-        "styles": service.knows("tts_sft", "instruct"),
-        "transcribe": service.knows("asr_sft"),
+        "talk": service.knows(DIALOGUE),
+        "instructions": service.knows(DIALOGUE, "system_prompt"),
+        "memory": service.knows(f"{DIALOGUE}_multiturn"),
+        "say": service.knows(TTS),
+        "styles": service.knows(TTS, "instruct"),
+        "transcribe": service.knows(ASR),
         # Beside a recording a question is an instruction.
-        "ask": service.knows(dialogue, "system_prompt"),
+        "ask": service.knows(DIALOGUE, "system_prompt"),
         "convert": service.knows("in_context_learning_s2s"),
     }
 
 
 def _voices(state: Any, service: Service) -> list[str]:
     """Voices that sound different: a model's own, and recordings that it can speak in."""
-    if not service.knows("tts_sft", "prompt_speech"):
+    if not service.knows(TTS, "prompt_speech"):
         return ["default"]
     listed = list(state.voices)
     return [each.name for each in listed if each.name not in ALIASES or each.path is not None]

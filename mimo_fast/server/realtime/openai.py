@@ -359,7 +359,13 @@ class Client:
 
 
 def new_config(state: Any, kind: Kind) -> Config:
-    """The default settings of a session of an application."""
+    """The default settings of a session of an application.
+
+    Raises:
+        ApiError: the model cannot answer, and a session of this kind does.
+    """
+    if kind == "realtime":
+        state.service.check_converses()
 
     def find(name: str) -> Path | None:
         voice = state.voices.find(name)

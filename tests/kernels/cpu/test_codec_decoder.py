@@ -21,16 +21,10 @@ from mimo_fast.runtime.codec.fused import buffers_of, fused_decoder
 from mimo_fast.runtime.codec.geometry import patch_rows, vocoder_frames
 from mimo_fast.runtime.codec.incremental import RowNumbers, Shape, decode_rows
 from mimo_fast.runtime.codec.layers import CodecStack, LayerByLayer
+from mimo_fast.runtime.codec.pools import CodecPool, CodecState
 from mimo_fast.runtime.codec.prior import know
 from mimo_fast.runtime.codec.schedule import Known, Schedule
-from mimo_fast.runtime.codec.state import (
-    SETTLING,
-    WHOLE_UTTERANCE,
-    CodecPool,
-    CodecState,
-    NormStatistics,
-    Rows,
-)
+from mimo_fast.runtime.codec.state import SETTLING, WHOLE_UTTERANCE, NormStatistics, Rows
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason=f"the native kernels are {native.state()}"

@@ -22,12 +22,8 @@ from mimo_fast.kernels.matmul.product import matmul
 from mimo_fast.runtime.codec import incremental, layers, together
 from mimo_fast.runtime.codec.graphs import StreamGraphs, usual_shapes
 from mimo_fast.runtime.codec.model import Codec
-from mimo_fast.runtime.codec.state import (
-    CodecPool,
-    CodecPools,
-    NormStatistics,
-    untouched_zeros,
-)
+from mimo_fast.runtime.codec.pools import CodecPool, CodecPools
+from mimo_fast.runtime.codec.state import NormStatistics, untouched_zeros
 from mimo_fast.runtime.codec.together import Push
 
 FORMS = {
