@@ -481,9 +481,9 @@ class Unpacked:
 
 
 class TestQuantized:
-    @pytest.mark.parametrize("which", ["kit", "nano"])
+    @pytest.mark.parametrize("which", [pytest.param("kit", marks=pytest.mark.slow), "nano"])
     @pytest.mark.parametrize("form", ["int8", "int4"])
-    @pytest.mark.parametrize("stored", [False, True])
+    @pytest.mark.parametrize("stored", [False, pytest.param(True, marks=pytest.mark.slow)])
     @pytest.mark.parametrize(("forced", "bound"), [("torch", 1e-5), ("", 5e-4)])
     def test_is_the_unpacked_base_with_the_adapter(
         self, nano, golden, tmp_path_factory, monkeypatch, which, form, stored, forced, bound
