@@ -503,6 +503,23 @@ class TestQuantized:
             for got, want in zip(*found, strict=True):
                 assert (got - want).abs().max() < bound * want.abs().max(), name
 
+    @pytest.mark.parametrize("form", ["int8", "int4"])
+    def test_weights_packed_for_torch(self, golden, monkeypatch, form):
+        """In bfloat16 plain torch has a form of its own, of which DoRA's norms are taken too."""
+        wide = adapted(quantization=form)
+        monkeypatch.setenv("MIMO_FAST_KERNELS", "torch")
+        lm = adapted(quantization=form, dtype="bfloat16")
+        qkv: list[Any] = [each.variant(3).backbone.layers[0].qkv for each in (lm, wide)]
+        assert qkv[0].base.torch_scales is not None
+        torch.testing.assert_close(qkv[0].factor, qkv[1].factor, rtol=5e-3, atol=0)
+        ids, hidden = golden.get("prompts:asr").long(), []
+        for each in (lm, wide):
+            state = each.new_state([0], CAPACITY)
+            state.adapters[0] = 3
+            each.prefill(ids, state, 0)
+            hidden.append(state.hidden[0].float())
+        assert (hidden[0] - hidden[1]).abs().max() < 0.05 * hidden[1].abs().max()
+
     def test_one_beside_a_stored_one_is_not_merged(self, tmp_path):
         quantize_checkpoint(KIT_PAIR[0], tmp_path / "lm", "int8", progress=False)
         one = {"mine": FOLDERS["qkvo"]}
