@@ -104,10 +104,9 @@ def _layout(
     if "weight_packed" in stored:
         height, words = weights.shape(stored["weight_packed"])
         bits = stream_bits(words, columns)
-        told = (
-            weights.get(stored["weight_shape"]).tolist() if "weight_shape" in stored else [*shape]
-        )
-        if bits is None or height != rows or told != [*shape]:
+        told = weights.get(stored["weight_shape"]).tolist() if "weight_shape" in stored else None
+        whole = weights.dtype(stored["weight_packed"]) == torch.int32
+        if not whole or bits is None or height != rows or told not in (None, [*shape]):
             raise CheckpointError(f"{fault} 2 to 8 bits: use the config.json of these weights")
     else:
         bits = 8
@@ -153,7 +152,9 @@ def _integers(weights: Weights, name: str, layout: Integers) -> QuantizedWeight 
 def _zeros(weights: Weights, stored: Mapping[str, str], bits: int, rows: int) -> Tensor:
     """Zeros [N, G] of offsets, int32."""
     zeros = weights.get(stored["weight_zero_point"])
-    if "weight_packed" in stored and zeros.dtype == torch.int32:
-        return unpack_stream(zeros.T, bits).T[:rows]
+    if zeros.dtype != (torch.int32 if "weight_packed" in stored else torch.int8):
+        raise ValueError(f"{stored['weight_zero_point']} is of type {zeros.dtype}")
+    if "weight_packed" in stored:
+        return unpack_stream(zeros.mT, bits).mT[:rows]
     zeros = zeros.int().reshape(-1, 1) if zeros.ndim < 2 else zeros.int()
     return zeros.expand(rows, -1) + 2 ** (bits - 1)

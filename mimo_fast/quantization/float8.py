@@ -1,7 +1,7 @@
 """Import of FP8 matrices: float8 values and scales, widened, since no kernel here computes in FP8.
 
 A layer M [N, K] is stored as M.weight float8 [N, K] and a scale of the whole matrix, of each row,
-of groups along K or of blocks: M.weight_scale (compressed-tensors, fbgemm) or M.weight_scale_inv
+of groups along K or of blocks: M.weight_scale (compressed-tensors) or M.weight_scale_inv
 (transformers' fine-grained FP8, of DeepSeek). Either is multiplied with. The facts are those of
 https://github.com/vllm-project/compressed-tensors and https://github.com/huggingface/transformers.
 """
@@ -15,7 +15,8 @@ from torch import Tensor
 from mimo_fast.checkpoint.files import Weights
 from mimo_fast.checkpoint.layout import Shapes
 from mimo_fast.errors import CheckpointError
-from mimo_fast.quantization.formats import PackedMatrices
+from mimo_fast.json_files import shown
+from mimo_fast.quantization.formats import SCALES, PackedMatrices
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE_NAMES = ("weight_scale", "weight_scale_inv")
@@ -35,9 +36,9 @@ def packed_matrices(weights: Weights, shapes: Shapes, about: Mapping[str, Any]) 
     Raises:
         CheckpointError: a matrix has no scale, or one of another shape.
     """
-    block = about.get("weight_block_size")
-    found = PackedMatrices(lambda name: widened(weights, name, [block]))
-    add_float8(found, weights, shapes, [block])
+    blocks = [about.get("weight_block_size")]
+    found = PackedMatrices(lambda name: widened(weights, name, blocks))
+    add_float8(found, weights, shapes, blocks)
     add_activations(found, weights, about.get("activation_scheme") is not None)
     return found
 
@@ -49,6 +50,11 @@ def add_float8(
     for name in shapes:
         if name in weights.names() and weights.dtype(name) in FLOAT8:
             scale = _scale_name(weights, name)
+            if weights.dtype(scale) not in SCALES:
+                raise CheckpointError(
+                    f"{weights.directory}: {scale} is of type {shown(weights.dtype(scale))}, and "
+                    "only floating-point scales are imported: export with those"
+                )
             _block(weights.shape(scale), weights.shape(name), blocks, name)
             found.add(name, weights.shape(name), None, (name, scale))
 

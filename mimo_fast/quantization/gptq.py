@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mimo_fast.checkpoint.files import Weights
@@ -64,7 +65,10 @@ def from_gptq(
     """
     (words, rows), groups = qweight.shape, len(scales)
     columns = words * 32 // bits
-    belong = scales.shape == (groups, rows) and qzeros.shape == (groups, -(-rows * bits // 32))
+    whole = qweight.dtype == qzeros.dtype == torch.int32
+    belong = (
+        whole and scales.shape == (groups, rows) and qzeros.shape == (groups, -(-rows * bits // 32))
+    )
     if not belong or not groups or (group_size is None and g_idx is None and columns % groups):
         raise CheckpointError(
             f"qweight, qzeros and scales are not of one {bits}-bit GPTQ layer: download the "
@@ -153,7 +157,14 @@ def _layout(
 
 
 def _zeros(qzeros: Tensor, bits: int, v1: bool) -> Tensor:
-    return unpack_stream(qzeros, bits) + (1 if v1 else 0)
+    """Zeros int32 [G, n] of all n that fit into the words."""
+    if v1 and 32 % bits == 0:
+        # GPTQModel takes 1 off all zeros of a word at once: what a 0 borrows from the next one is
+        # returned to it.
+        qzeros = qzeros + sum(1 << shift for shift in range(0, 32, bits))
+    elif v1:
+        return (unpack_stream(qzeros, bits) + 1) & (2**bits - 1)
+    return unpack_stream(qzeros, bits)
 
 
 def _has_empty_bias(weights: Weights, name: str, shapes: Shapes) -> bool:

@@ -38,7 +38,6 @@ METHODS: dict[str, Callable[[Weights, Shapes, Mapping[str, Any]], PackedMatrices
     "bitsandbytes": bitsandbytes.packed_matrices,
     "compressed-tensors": compressed_tensors.packed_matrices,
     "fp8": float8.packed_matrices,
-    "fbgemm_fp8": float8.packed_matrices,
 }
 """Importers by the quant_method of config.json."""
 
