@@ -23,7 +23,8 @@ class Renaming:
 
     Args:
         added: what it puts into a name.
-        anywhere: before any part of a name, since inner modules may be wrapped; else in front.
+        anywhere: before any part of a name, since inner modules may be wrapped; else in front of
+            every name.
         by: who does that, for people.
     """
 
@@ -31,10 +32,14 @@ class Renaming:
     anywhere: bool
     by: str
 
-    def upstream_name(self, name: str) -> str:
+    def undone(self, names: Iterable[str]) -> dict[str, str]:
+        """Name without the addition -> name, of those that may have it."""
         if self.anywhere:
-            return re.sub(rf"(?<![^.]){re.escape(self.added)}", "", name)
-        return name.removeprefix(self.added)
+            added = re.compile(rf"(?<![^.]){re.escape(self.added)}")
+            return {added.sub("", name): name for name in names}
+        return {
+            name.removeprefix(self.added): name for name in names if name.startswith(self.added)
+        }
 
 
 RENAMINGS = (
@@ -72,8 +77,8 @@ def open_lm_weights(directory: Path, config: LMConfig) -> Weights:
 def _renamed(weights: Weights, modules: set[str]) -> Weights:
     """The tensors by upstream's names; unchanged if what is wrong with them is not their names."""
     names = [*weights.names()]
-    tables = [{row.upstream_name(name): name for name in names} for row in RENAMINGS]
-    # Two tensors that become one were not renamed by that wrapper.
+    tables = [row.undone(names) for row in RENAMINGS]
+    # A wrapper neither leaves out a tensor nor makes two into one.
     whole = [table for table in tables if len(table) == len(names)]
     fitting = [table for table in whole if _modules(table, modules) == modules]
     if len(fitting) == 1:
