@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KIT, fault, refuses, seeded, source_of
+from helpers import KIT, KIT_PAIR, fault, refuses, seeded, source_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import mimo_fast
 from mimo_fast.checkpoint.files import find_checkpoint, open_weights
 from mimo_fast.checkpoint.gguf import GGUF, TYPES
 from mimo_fast.checkpoint.layout import lm_shapes
@@ -364,3 +365,27 @@ def test_from_the_command_line(tmp_path, capsys):
     assert "model.layers.0.mlp.up_proj.weight" in capsys.readouterr().out
     assert stored_formats(read_json(tmp_path / "c/config.json"), "") == {}
     assert stored_formats(read_json(tmp_path / "d/config.json"), "")
+
+
+def test_a_model_of_which_all_matrices_were_quantized_speaks(tmp_path):
+    """The kit's, in int8 by row as compressed-tensors stores it, speech parts and tables too."""
+    tensors = load_file(KIT_PAIR[0] / WEIGHTS)
+    for name in [name for name in tensors if tensors[name].ndim == 2]:
+        scale = tensors[name].abs().amax(dim=1, keepdim=True) / 127
+        tensors[name.removesuffix("weight") + "weight_scale"] = scale
+        tensors[name] = (tensors[name] / scale).round().to(torch.int8)
+    lm = tmp_path / "in"
+    shutil.copytree(KIT_PAIR[0], lm, ignore=shutil.ignore_patterns(WEIGHTS))
+    save_file(tensors, lm / WEIGHTS, metadata={"format": "pt"})
+    about = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {}}
+    write_config(lm, quantization_config=about)
+    import_checkpoint(lm, tmp_path / "out", progress=False)
+    formats = stored_formats(read_json(tmp_path / "out/config.json"), "")
+    # Those of the patch encoder, of 48 columns, have no form of ours.
+    wide = {name for name, tensor in tensors.items()
+            if tensor.dtype == torch.int8 and tensor.shape[1] % 32 == 0}  # fmt: skip
+    assert formats.keys() == wide
+    assert {"speech_group_downcast.weight", "local_transformer_lm_heads.0.weight"} <= wide
+    model = mimo_fast.load(tmp_path / "out", KIT_PAIR[1], device="cpu")
+    chunks = [*model.stream("tts", "Hi.", seed=1, max_new_tokens=6)]
+    assert sum(len(chunk.audio) for chunk in chunks)
