@@ -246,11 +246,24 @@ def build_parser() -> argparse.ArgumentParser:
     init.add_argument("--seed", type=seed, default=0)
 
     smaller = "Write a language model's checkpoint in a smaller format"
-    pack = command("quantize", f"{smaller}; GPTQ and bitsandbytes NF4 are imported.", None)
+    theirs = "what GPTQ, AutoRound, bitsandbytes, compressed-tensors, FP8 or GGUF hold is imported"
+    pack = command("quantize", f"{smaller}; {theirs}.", None)
     pack.set_defaults(folder="target")
-    pack.add_argument("source", metavar="IN", help="directory or hub id of the language model")
+    pack.add_argument(
+        "source", metavar="IN", help="directory or hub id of the language model, or a GGUF file"
+    )
     pack.add_argument("target", type=path, metavar="OUT", help="directory to write into")
-    pack.add_argument("--format", choices=("int8", "int4", "nf4"), default="int4", help="[int4]")
+    pack.add_argument(
+        "--format",
+        choices=("int8", "int4", "nf4"),
+        help="of what is not packed yet [int4; what is imported keeps its values]",
+    )
+    pack.add_argument(
+        "--speech-from",
+        type=path,
+        metavar="DIR",
+        help="the dense checkpoint that a GGUF file was converted from, for its speech parts",
+    )
     _add_hub_options(pack)
 
     join = "Merge a fine-tune's PEFT adapter into a language model's checkpoint."
