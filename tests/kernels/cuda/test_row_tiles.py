@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulated import SOURCES, compile_for_cpu
 from helpers import slow_after
-from test_cuda_kernels import HALF, check, emulated, random, usual_device, weight_of
+from test_cuda_kernels import HALF, check, random, weight_of
 from test_cuda_kernels import product as of_few_rows
 from torch import Tensor
 
@@ -14,8 +14,6 @@ from benchmarks.studies import row_tiles as study
 from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.norm import RMSNorm
-
-__all__ = ["emulated", "usual_device"]
 
 ROWS = (1, 8, 9, 16, 17, 64, 100, 127, 128, 129, 200, 256)
 
@@ -200,13 +198,13 @@ SMALL = 2, 4
 
 
 @pytest.fixture(scope="module")
-def faulty(emulated, tmp_path_factory) -> ctypes.CDLL:
+def faulty(emulated_cuda, tmp_path_factory) -> ctypes.CDLL:
     """The two configurations with all bugs, of which one at most is on."""
     text = (SOURCES / "row_tiles.cu").read_text()
     for number, (right, wrong) in enumerate(BUGS.values(), 1):
         assert text.count(right) == 1
         text = text.replace(right, wrong.replace("ON", f"(bug == {number})"))
-    others = (number for number in variants(emulated) if number not in SMALL)
+    others = (number for number in variants(emulated_cuda) if number not in SMALL)
     for number in others:
         right = f"of(typename Own::V{number}(), {number})"
         assert text.count(right) == 1
@@ -217,12 +215,13 @@ def faulty(emulated, tmp_path_factory) -> ctypes.CDLL:
     built = compile_for_cpu([folder / "row_tiles.cu"], folder / "faulty.so", [SOURCES])
     library = ctypes.CDLL(str(built))
     for name in ("mimo_fast_row_tiles", "mimo_fast_row_tiles_room"):
-        function, declared = getattr(library, name), getattr(emulated, name)
+        function, declared = getattr(library, name), getattr(emulated_cuda, name)
         function.argtypes, function.restype = declared.argtypes, declared.restype
     return library
 
 
 @pytest.mark.parametrize("bug", [None, *BUGS])
+@pytest.mark.slow
 def test_that_these_bugs_are_found(emulated, faulty, bug):
     faulty.set_bug(0 if bug is None else 1 + list(BUGS).index(bug))
     x, matrix = random(19, SHORT), weight("int4", 40, SHORT)
