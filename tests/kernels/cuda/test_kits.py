@@ -1,7 +1,7 @@
 """The kits of MiMo-V2.5-ASR and of the adapters with their products by the CUDA kernels, compiled
 for the CPU: what the model says along the kits' own tokens.
 
-The kits' matrices have 32 to 96 columns, and the kernels take multiples of 128 (`cuda.refuses`):
+The kits' matrices have 32 to 192 columns, and the kernels take multiples of 128 (`cuda.refuses`):
 the models are widened, and in float32 say what upstream says. The kernels take 16-bit activations,
 so their results are held to `mimo_fast.bench.accuracy`: the largest error of a logit, against
 float32 with the same quantized values, is at most twice that of plain torch in bfloat16. Texts are
@@ -12,6 +12,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -43,22 +44,36 @@ class Said:
     chosen: Tensor
 
 
-def said(model: mimo_fast.MimoAudio, prompt: Tensor, tokens: Tensor, groups: int) -> Said:
-    """Ids as `generate` takes and gives them; the prompt is prefilled, the groups are steps."""
+class Along(NamedTuple):
+    """Ids as `generate` takes and gives them, how many groups of them; codes [C, G] that the patch
+    decoder is to give after the prompt, whatever the token is."""
+
+    prompt: Tensor
+    tokens: Tensor
+    groups: int
+    patch: Tensor | None = None
+
+
+def said(model: mimo_fast.MimoAudio, along: Along) -> Said:
+    """The prompt is prefilled, the groups are steps."""
+    prompt, tokens, groups, patch = along
     lm, size = model.lm, model.group_size
     state = lm.new_state([0], prompt.shape[1] // size + groups)
     lm.prefill(prompt.long(), state, 0)
     new = tokens[:, : groups * size].long().unflatten(1, (-1, size))
-    text, codes, chosen = list[Tensor](), [torch.empty(0)], [torch.empty(0)]
+    text, codes, chosen = list[Tensor](), [state.hidden.new_empty(0)], [new.new_empty(0)]
     for group in range(groups):
         hidden, token, own = state.hidden[:1], int(new[0, group, 0]), new[1:, group]
         text.append(lm.text_logits(hidden)[0])
-        if token == lm.empty_id:
-            each = code_logits(lm, hidden, own[None])
+        if group or patch is None:
+            patch = own if token == lm.empty_id else None
+        if patch is not None:
+            each = code_logits(lm, hidden, patch[None])
             codes += [logits.flatten() for logits in each]
             for logits, empty in zip(each, lm.config.empty_codes, strict=True):
-                logits[..., empty] = -torch.inf
-                chosen.append(logits.argmax(-1).flatten())
+                others = logits.clone()
+                others[..., empty] = -torch.inf
+                chosen.append(others.argmax(-1).flatten())
         if group + 1 < groups:
             lm.stage(state, 0, token, own)
             lm.step(state, state.rows[:1])
@@ -68,7 +83,7 @@ def said(model: mimo_fast.MimoAudio, prompt: Tensor, tokens: Tensor, groups: int
 def compare(
     library: ctypes.CDLL,
     load: Callable[[str], mimo_fast.MimoAudio],
-    along: tuple[Tensor, Tensor, int],
+    along: Along,
     beside: frozenset[str] = frozenset(),
     near_ties: bool = False,
 ) -> Said:
@@ -76,16 +91,15 @@ def compare(
 
     Args:
         load: the model in a dtype.
-        along: prompt, tokens, number of groups.
         beside: implementations of products that may be others than CUDA's.
         near_ties: whether texts may be others where float32 decides by less than twice the error.
     """
-    exact = said(load("float32"), *along)
+    exact = said(load("float32"), along)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIMO_FAST_KERNELS", "torch")
-        eager = said(load("bfloat16"), *along)
+        eager = said(load("bfloat16"), along)
     with products_by_cuda(library) as counts:
-        got = said(load("bfloat16"), *along)
+        got = said(load("bfloat16"), along)
     assert counts
     assert {name for name in counts if not name.startswith("CUDA")} <= beside
     assert_as_exact_as_eager(got.text, eager.text, exact.text)
@@ -122,14 +136,14 @@ def asr_golden() -> AsrGolden:
 
 
 class TestAsr:
-    def along(self, golden: AsrGolden, name: str, groups: int) -> tuple[Tensor, Tensor, int]:
-        return golden.get(f"prompt.{name}"), golden.get(f"generate.{name}"), groups
+    def along(self, golden: AsrGolden, name: str, groups: int) -> Along:
+        return Along(golden.get(f"prompt.{name}"), golden.get(f"generate.{name}"), groups)
 
     def test_the_widened_model_says_what_upstream_says(self, asr_lm, asr_golden):
         model = mimo_fast.load(asr_lm, CODEC, device="cpu", dtype="float32")
         for name in asr_golden.meta["generated"]:
             want = asr_golden.get(f"generate.{name}").long()
-            found = said(model, *self.along(asr_golden, name, 20))
+            found = said(model, self.along(asr_golden, name, 20))
             assert torch.equal(found.text.argmax(-1), want[0, ::4]), name
             logits = asr_golden.get(f"text_logits.{name}")
             assert (found.text[0] - logits).abs().max() < 1e-4 * logits.abs().max()
@@ -153,8 +167,9 @@ class TestAsr:
 
 
 class TestAdapters:
-    def along(self, golden, kind: str, prompt: str, groups: int) -> tuple[Tensor, Tensor, int]:
-        return golden.get(f"prompts:{prompt}"), GOLDEN[f"{kind}.generate.{prompt}"], groups
+    def along(self, golden, kind: str, prompt: str, groups: int) -> Along:
+        said, patch = (GOLDEN[f"{kind}.{name}.{prompt}"] for name in ("generate", "local_greedy"))
+        return Along(golden.get(f"prompts:{prompt}"), said, groups, patch.T.long())
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_widened_model_says_what_upstream_says(self, adapted, golden, kind):
@@ -162,9 +177,15 @@ class TestAdapters:
             chosen = {kind: adapters[kind]}
             model = mimo_fast.load(lm, CODEC, device="cpu", adapters=chosen, max_seq_len=64)
             for prompt in ("asr", "tts_en"):
-                ids, want, groups = self.along(golden, kind, prompt, 16)
-                got = mimo_fast.generate(model, ids.long(), max_new_tokens=groups)
-                assert torch.equal(got[:, -want.shape[1] :], want.long()), prompt
+                along = self.along(golden, kind, prompt, 16)
+                found = said(model, along)
+                text, *codes = along.tokens.long().unflatten(1, (-1, model.group_size))
+                assert torch.equal(found.text.argmax(-1), text[:, 0]), prompt
+                speaks = text[1:, 0] == model.lm.empty_id
+                spoken = torch.stack(codes, 1)[1:][speaks]
+                assert torch.equal(found.chosen, torch.cat((along.patch[None], spoken)).flatten())
+                want = GOLDEN[f"{kind}.text_logits.{prompt}"]
+                assert (found.text[0] - want).abs().max() < 1e-4 * want.abs().max(), prompt
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.norm import RMSNorm
 
 ROWS = (1, 8, 9, 16, 17, 64, 100, 127, 128, 129, 200, 256)
+FEW = 8
+"""Numbers of them that have each configuration."""
 
 CARDS = {"H100": (132, 227 * 1024), "4090": (128, 99 * 1024), "4060": (24, 99 * 1024)}
 """Multiprocessors, and bytes of shared memory that a block may have."""
@@ -53,10 +55,12 @@ def variants(library) -> range:
 def test_any_number_of_rows_has_the_bits_of_few(emulated, name, dtype):
     """Each number in another configuration, with another order of threads."""
     emulated.mimo_fast_set_device(*CARDS["H100"])
-    x, matrix = random(256, SHORT, dtype=dtype), weight(name, 24, SHORT, dtype=dtype)
+    # The most rows in one format: what follows them does not depend on it.
+    numbers = ROWS if (name, dtype) == ("int4", torch.bfloat16) else ROWS[:FEW]
+    x, matrix = random(numbers[-1], SHORT, dtype=dtype), weight(name, 24, SHORT, dtype=dtype)
     want = of_few_rows(emulated, x, matrix)
     check(x[:20], matrix, want[:20])
-    for i, rows in enumerate(ROWS):
+    for i, rows in enumerate(numbers):
         emulated.set_seed_of_fibers(i + 1)
         variant = 1 + i % len(variants(emulated))
         got = product(emulated, x[-rows:], matrix, variant=variant)
