@@ -30,6 +30,23 @@ CODEC = KIT_PAIR[1]
 KINDS = ("qkvo", "all_linear_saved", "dora_rslora", "heads_embeddings", "bias_lora_only")
 GOLDEN = load_file(ADAPTERS / "golden.safetensors")
 FORMATS = ("int8", "int4", None)
+
+NARROW, WIDE = "adapters, narrow", "adapters"
+ADAPTED = [
+    *((kind, NARROW, "tts_en", 1, "int8") for kind in KINDS),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            *((kind, NARROW, "asr", 4, "int4") for kind in KINDS),
+            ("dora_rslora", NARROW, "tts_en", 2, None),
+            ("bias_lora_only", NARROW, "tts_en", 2, None),
+            ("qkvo", WIDE, "tts_en", 2, "int4"),
+            ("all_linear_saved", WIDE, "tts_en", 2, None),
+        )
+    ),
+]
+"""Adapter, widths, prompt, groups, format."""
+
 AGREE = 0.9
 """Share of codes, at least, that bfloat16 chooses as float32 does: near-ties are among the rest."""
 
@@ -123,7 +140,7 @@ def asr_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Path]]]:
     """Widths of the language model -> its folder, and those of the adapters."""
     made = {}
-    for widths in ("adapters", "adapters, narrow"):
+    for widths in (WIDE, NARROW):
         folder, widening = tmp_path_factory.mktemp("adapted"), Widening(LM, WIDTHS[widths])
         adapters = {kind: widening.write_adapter(ADAPTERS / kind, folder / kind) for kind in KINDS}
         made[widths] = widening.write_lm(folder / "lm"), adapters
@@ -187,21 +204,7 @@ class TestAdapters:
                 want = GOLDEN[f"{kind}.text_logits.{prompt}"]
                 assert (found.text[0] - want).abs().max() < 1e-4 * want.abs().max(), prompt
 
-    @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize(
-        ("widths", "prompt", "groups", "quantization"),
-        [
-            ("adapters, narrow", "tts_en", 1, "int8"),
-            *(
-                pytest.param(*case, marks=pytest.mark.slow)
-                for case in (
-                    ("adapters, narrow", "asr", 4, "int4"),
-                    ("adapters, narrow", "tts_en", 2, None),
-                    ("adapters", "tts_en", 2, "int4"),
-                )
-            ),
-        ],
-    )
+    @pytest.mark.parametrize(("kind", "widths", "prompt", "groups", "quantization"), ADAPTED)
     def test_along_upstreams_tokens(
         self, emulated_cuda, adapted, golden, kind, widths, prompt, groups, quantization
     ):
@@ -211,6 +214,6 @@ class TestAdapters:
             how = {"dtype": dtype, "quantization": quantization, "max_seq_len": 64}
             return mimo_fast.load(lm, CODEC, device="cpu", adapters={kind: adapters[kind]}, **how)
 
-        refused = {"torch dense", "torch widened"} if "narrow" in widths else set()
+        refused = {"torch dense", "torch widened"} if widths == NARROW else set()
         along = self.along(golden, kind, prompt, groups)
         compare(emulated_cuda, load, along, frozenset(refused), near_ties=groups > 1)
