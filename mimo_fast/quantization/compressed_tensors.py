@@ -28,6 +28,7 @@ from mimo_fast.quantization.float8 import add_activations, add_float8, widened
 from mimo_fast.quantization.formats import PackedMatrices
 from mimo_fast.quantization.integers import (
     Integers,
+    by_rows,
     column_groups,
     stream_bits,
     unpack_stream,
@@ -134,19 +135,23 @@ def _layout(
 
 def _integers(weights: Weights, name: str, layout: Integers) -> QuantizedWeight | Tensor:
     stored = _stored(weights, name)
-    scales = weights.get(stored["weight_scale"])
-    if "weight_packed" in stored:
-        q = unpack_stream(weights.get(stored["weight_packed"]), layout.bits)[:, : layout.columns]
-    else:
-        q = weights.get(name).int() + 128
+    packed = "weight_packed" in stored
+    values = weights.get(stored["weight_packed"] if packed else name)
+    rows, scales = len(values), weights.get(stored["weight_scale"])
     # One scale of a whole matrix is one of each row here.
     scales = scales.reshape(-1, 1) if scales.numel() <= 1 or scales.ndim < 2 else scales
-    scales = scales.expand(len(q), -1)
-    zeros = _zeros(weights, stored, layout.bits, len(q)) if layout.zeros else None
+    scales = scales.expand(rows, -1)
+    zeros = _zeros(weights, stored, layout.bits, rows) if layout.zeros else None
     order = None
     if "weight_g_idx" in stored:
         order = column_groups(weights.get(stored["weight_g_idx"]), layout.size)
-    return layout.converted(q, scales, zeros, order)
+
+    def convert(part: slice) -> QuantizedWeight | Tensor:
+        words = values[part]
+        q = unpack_stream(words, layout.bits)[:, : layout.columns] if packed else words.int() + 128
+        return layout.converted(q, scales[part], None if zeros is None else zeros[part], order)
+
+    return by_rows(rows, layout.columns, convert)
 
 
 def _zeros(weights: Weights, stored: Mapping[str, str], bits: int, rows: int) -> Tensor:

@@ -20,7 +20,7 @@ from mimo_fast.errors import CheckpointError
 from mimo_fast.json_files import shown
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.quantization.formats import PackedMatrices
-from mimo_fast.quantization.integers import Integers
+from mimo_fast.quantization.integers import Integers, by_rows
 
 ARCHITECTURE = "qwen2"
 
@@ -59,7 +59,12 @@ def packed_matrices(file: GGUF, shapes: Shapes, config: LMConfig) -> PackedMatri
     def get(name: str) -> QuantizedWeight | Tensor:
         kind, blocks = file.tensors[stored[name]].type.name, file.blocks(stored[name])
         if name in layouts:
-            return layouts[name].converted(*_INTEGERS[kind](blocks))
+            layout, unpack = layouts[name], _INTEGERS[kind]
+            return by_rows(
+                len(blocks),
+                layout.columns,
+                lambda part: layout.converted(*unpack(blocks[part])),
+            )
         return _unpacked(kind, blocks).view(shapes[name])
 
     found = PackedMatrices(get)

@@ -26,6 +26,7 @@ from mimo_fast.quantization.formats import PackedMatrices
 from mimo_fast.quantization.integers import (
     MOST_BITS,
     Integers,
+    by_rows,
     column_groups,
     stream_bits,
     unpack_stream,
@@ -81,9 +82,14 @@ def from_gptq(
             "g_idx does not give each column of its layer a group: download the checkpoint again"
         )
     layout = _layout(bits, columns, group_size or columns // groups, qzeros, g_idx, v1)
-    zeros = _zeros(qzeros, bits, v1)[:, :rows]
+    zeros = _zeros(qzeros, bits, v1)[:, :rows].T
     order = None if g_idx is None else column_groups(g_idx, layout.size)
-    return layout.converted(unpack_stream(qweight.T, bits), scales.T, zeros.T, order)
+
+    def convert(part: slice) -> QuantizedWeight | Tensor:
+        q = unpack_stream(qweight[:, part].T, bits)
+        return layout.converted(q, scales.T[part], zeros[part], order)
+
+    return by_rows(rows, columns, convert)
 
 
 def packed_matrices(weights: Weights, shapes: Shapes, about: Mapping[str, Any]) -> PackedMatrices:

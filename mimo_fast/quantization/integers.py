@@ -1,5 +1,6 @@
 """Integers as other tools store them, and which of our forms holds the same values."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,9 @@ from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, pack_word
 from mimo_fast.quantization.formats import MIN_GROUP, Format, importable_group
 
 MOST_BITS = 8
+
+UNPACKED_AT_ONCE = 2**24
+"""Values that are unpacked at a time: bounds memory, since each is an int32 on the way."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,17 @@ class Integers:
             q = q - shift + 128
         words = pack_words(q, form.bits, group)
         return QuantizedWeight(words=words, scales=scales, zeros=ours, bias=None, bits=form.bits)
+
+
+def by_rows(
+    rows: int, columns: int, convert: Callable[[slice], QuantizedWeight | Tensor]
+) -> QuantizedWeight | Tensor:
+    """A matrix [N, K] that is converted some rows at a time."""
+    step = max(1, UNPACKED_AT_ONCE // columns)
+    parts = [convert(slice(start, start + step)) for start in range(0, rows, step)]
+    packed = [part for part in parts if isinstance(part, QuantizedWeight)]
+    dense = [part for part in parts if isinstance(part, Tensor)]
+    return QuantizedWeight.stack(packed) if packed else torch.cat(dense)
 
 
 def unpack_stream(words: Tensor, bits: int) -> Tensor:

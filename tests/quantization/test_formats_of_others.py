@@ -21,7 +21,13 @@ from mimo_fast.cli.main import main
 from mimo_fast.config import LMConfig, read_json
 from mimo_fast.errors import CheckpointError
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize
-from mimo_fast.quantization import from_gptq, import_checkpoint, stored_formats, stored_shapes
+from mimo_fast.quantization import (
+    from_gptq,
+    import_checkpoint,
+    integers,
+    stored_formats,
+    stored_shapes,
+)
 from mimo_fast.quantization.gguf import _unpacked
 from mimo_fast.quantization.integers import Integers, stream_bits, unpack_stream
 from mimo_fast.runtime.lm.model import LM
@@ -102,6 +108,17 @@ def test_values_are_those_of_the_tool(outcome):
     for name in shapes:
         want = values.get(name, base[name])
         assert torch.equal(source(name).to(want.dtype), want), name
+
+
+@pytest.mark.parametrize("form", ["autoround-asym", "gptqmodel", "ct-w4a16", "gguf"])
+def test_rows_at_a_time_change_nothing(tmp_path, monkeypatch, form):
+    source = BASE if form == "gguf" else FORMS / form
+    converted(form, source, tmp_path / "whole")
+    monkeypatch.setattr(integers, "UNPACKED_AT_ONCE", 7 * 64)
+    converted(form, source, tmp_path / "parts")
+    whole, parts = (load_file(tmp_path / each / WEIGHTS) for each in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_a_model_is_made_of_it(outcome):
