@@ -67,7 +67,7 @@ void bind_weights(py::module_& module) {
     py::class_<Linear>(module, "Linear")
         .def(py::init([](int64_t columns) {
                  check(columns > 0 && columns % 8 == 0, "columns are no multiple of 8");
-                 return Linear{{}, {}, nullptr, 0, columns};
+                 return Linear{{}, {}, nullptr, 0, columns, {}};
              }),
              py::kw_only(), py::arg("columns"))
         .def("add_block",
@@ -81,9 +81,25 @@ void bind_weights(py::module_& module) {
         .def_static(
             "quantized",
             [](const QuantizedWeight& weight, uintptr_t bias) {
-                return Linear{{}, weight, address<const float>(bias), weight.rows, weight.columns};
+                return Linear{{}, weight, address<const float>(bias), weight.rows, weight.columns, {}};
             },
             py::kw_only(), py::arg("weight"), py::arg("bias"))
+        .def("adapt",
+             [](Linear& self, uintptr_t a, uintptr_t b, int64_t rank, int64_t first, int64_t rows) {
+                 check(a && b, "A and B are missing");
+                 check(rank > 0 && rank % 8 == 0, "the rank is no multiple of 8");
+                 check(self.columns % 8 == 0, "columns are no multiple of 8");
+                 check(first >= 0 && rows > 0 && rows <= self.rows - first, "rows of an adapter are none of the matrix");
+                 self.added.push_back({address<const float>(a), address<const float>(b), rank, first, rows});
+             },
+             py::kw_only(), py::arg("a"), py::arg("b"), py::arg("rank"), py::arg("first"), py::arg("rows"))
+        .def("scale",
+             [](Linear& self, uintptr_t factor, uintptr_t bias) {
+                 check(factor && !self.added.empty(), "a factor is missing, or the adapter that it belongs to");
+                 self.factor = address<const float>(factor);
+                 self.last_bias = address<const float>(bias);
+             },
+             py::kw_only(), py::arg("factor"), py::arg("bias"))
         .def("multiply",
              [](const Linear& self, uintptr_t x, uintptr_t y, int64_t rows) {
                  check_present(rows, x, y);

@@ -2,6 +2,7 @@
 
 #include <omp.h>
 
+#include "buffer.h"
 #include "dense_matmul.h"
 #include "quantized_matmul.h"
 #include "threads.h"
@@ -18,13 +19,29 @@ QuantizedMatmul product(const Linear& w, const float* x, int64_t M, float* y) {
     return p;
 }
 
+void adapt(const Linear& w, const float* x, int64_t M, float* y) {
+    Buffer<float> inner, outer;
+    for (const LowRank& part : w.added) {
+        inner.reserve(M * part.rank);
+        outer.reserve(M * part.rows);
+        dense_matmul({part.a, nullptr, part.rank}, w.columns, x, M, inner.data(), part.rank);
+        dense_matmul({part.b, nullptr, part.rows}, part.rank, inner.data(), M, outer.data(), part.rows);
+        for (int64_t m = 0; m < M; ++m)
+            for (int64_t i = 0; i < part.rows; ++i) y[m * w.rows + part.first + i] += outer[m * part.rows + i];
+    }
+    if (!w.factor) return;
+    for (int64_t m = 0; m < M; ++m, y += w.rows)
+        for (int64_t i = 0; i < w.rows; ++i) y[i] = y[i] * w.factor[i] + (w.last_bias ? w.last_bias[i] : 0);
+}
+
 void multiply(const Linear& w, const float* x, int64_t M, float* y) {
-    if (w.blocks.empty()) return quantized_matmul(product(w, x, M, y));
     int64_t at = 0;
     for (const DenseBlock& block : w.blocks) {
         dense_matmul(block, w.columns, x, M, y + at, w.rows);
         at += block.rows;
     }
+    if (w.blocks.empty()) quantized_matmul(product(w, x, M, y));
+    if (!w.added.empty()) adapt(w, x, M, y);
 }
 
 void multiply_rows(const Linear& w, const float* x, int64_t M, float* y) {
@@ -38,7 +55,7 @@ void multiply_rows(const Linear& w, const float* x, int64_t M, float* y) {
 }
 
 void add_multiply(const Linear& w, const float* x, int64_t M, float* y, float* scratch) {
-    if (w.blocks.empty()) {
+    if (w.only_quantized()) {
         QuantizedMatmul p = product(w, x, M, y);
         p.residual = y;
         return quantized_matmul(p);

@@ -42,14 +42,32 @@ struct DenseBlock {
     int64_t rows;
 };
 
-// A matrix [rows, columns] with its bias: dense blocks of rows one below the other, or quantized where there are none.
+// What an adapter adds to rows first ... first + rows - 1 of a product: B (A x).
+struct LowRank {
+    const float* a;  // [rank, columns]; rank a multiple of 8
+    const float* b;  // [rows, rank]
+    int64_t rank, first, rows;
+};
+
+// A matrix [rows, columns] with its bias: dense blocks of rows one below the other, or quantized where there are none. With
+// an adapter y = (x W^T + bias + B (A x)) factor + last_bias, as mimo_fast/kernels/matmul/adapted.py says.
 struct Linear {
     std::vector<DenseBlock> blocks;
     QuantizedWeight quantized;
     const float* quantized_bias = nullptr;
     int64_t rows = 0, columns = 0;
+    std::vector<LowRank> added;
+    const float* factor = nullptr;     // [rows], or null for 1
+    const float* last_bias = nullptr;  // [rows], or null for none
 
-    int64_t size() const { return rows * columns; }
+    // Multiplications of a row.
+    int64_t size() const {
+        int64_t total = rows * columns;
+        for (const LowRank& part : added) total += part.rank * (columns + part.rows);
+        return total;
+    }
+    // Whether its product is one of `quantized_matmul` and nothing else, which then has norm and residual inside.
+    bool only_quantized() const { return blocks.empty() && added.empty(); }
 };
 
 // Keys and values [layers, slots, kv_heads, capacity, head_dim]. Strides are in elements; both share them.

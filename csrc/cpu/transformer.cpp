@@ -38,9 +38,9 @@ struct Space {
     float *normed, *wide, *gated;
 };
 
-// y = normed x W^T + bias.
+// `multiply` of normed x.
 void normed_product(const Linear& w, const float* norm, float eps, const float* x, int64_t M, float* y, Space& space) {
-    if (w.blocks.empty()) {
+    if (w.only_quantized()) {
         QuantizedMatmul p = product(w, x, M, y);
         p.norm = norm;
         p.eps = eps;
@@ -51,7 +51,7 @@ void normed_product(const Linear& w, const float* norm, float eps, const float* 
 }
 
 void gated_product(const Layer& layer, float eps, const float* x, int64_t M, Space& space) {
-    if (layer.gate_up.blocks.empty()) {
+    if (layer.gate_up.only_quantized()) {
         QuantizedMatmul p = product(layer.gate_up, x, M, space.gated);
         p.norm = layer.ffn_norm;
         p.eps = eps;

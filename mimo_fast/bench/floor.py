@@ -18,13 +18,13 @@ import torch
 
 from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.bench.timing import cache_bytes
-from mimo_fast.kernels.matmul.product import Weight
+from mimo_fast.kernels.matmul.product import AnyWeight
 from mimo_fast.runtime.codec.geometry import PATCH_FRAMES, patch_rows
 from mimo_fast.runtime.codec.layers import CodecStack
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.lm.state import kv_bytes
-from mimo_fast.runtime.lm.transformer import AnyWeight, TransformerWeights
+from mimo_fast.runtime.lm.transformer import TransformerWeights
 
 
 @dataclass(frozen=True)
@@ -197,5 +197,4 @@ def _matrices(stack: TransformerWeights) -> Iterable[AnyWeight]:
 
 def _values(matrices: Iterable[AnyWeight]) -> int:
     """Number of weights in a product."""
-    blocks = (x.blocks if isinstance(x, Weight) else (x,) for x in matrices)
-    return sum(math.prod(block.shape) for of_matrix in blocks for block in of_matrix)
+    return sum(math.prod(matrix.shape) for matrix in matrices)

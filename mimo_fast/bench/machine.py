@@ -104,7 +104,7 @@ def describe_checkpoint(
     """
     directory = find(source, hub)
     if kind == "lm":
-        config, weights, _ = open_lm(directory, adapters)
+        config, weights, *_ = open_lm(directory, adapters)
         shapes = lm_shapes(config)
     else:
         codec_config, weights = open_codec(directory, codec_rope)
@@ -181,7 +181,7 @@ def _of_formats(device: torch.device) -> Iterator[Product]:
 
 
 def _of_model(directory: Path, device: torch.device) -> Iterator[Product]:
-    config, weights, stored = open_lm(directory)
+    config, weights, stored, _ = open_lm(directory)
     dtype = weights.dtype("model.norm.weight")
     if device.type == "cuda":
         dtype = torch.bfloat16
@@ -199,7 +199,7 @@ def _of_model(directory: Path, device: torch.device) -> Iterator[Product]:
     products["text head"] = ["model.embed_tokens" if config.tie_embeddings else "lm_head"]
     for label, names in products.items():
         form = stored.get(f"{names[0]}.weight")
-        weight = WeightSource(read, dtype, stored).weight(*names)
+        weight = WeightSource(read, dtype, stored).stored_weight(*names)
         yield f"{label} ({form or 'dense'})", weight, dtype
 
 

@@ -1,4 +1,4 @@
-"""Adapters that PEFT saved, merged into a language model's weights as these are read.
+"""Adapters that PEFT saved, and their merge into a language model's weights as these are read.
 
 A folder holds adapter_config.json and adapter_model.safetensors. For a matrix W [out, in] with A
 [r, in] and B [out, r], as PEFT's own merge computes it:
@@ -9,6 +9,8 @@ A folder holds adapter_config.json and adapter_model.safetensors. For a matrix W
 
 Tensors of other names replace the model's: modules_to_save, biases, base layers. The names of the
 tensors say which modules are meant; target_modules does not, which PEFT compresses to suffixes.
+
+What is kept beside the weights instead, and how, `quantization/variants.py` says.
 
 Sums are in float32 and on the CPU, and are rounded once to the dtype that W is stored in: a weight
 that is merged while loading has the bits of the one that `mimo-fast merge` writes.
@@ -129,14 +131,15 @@ class Adapter:
     description: str
     digest: str
 
-    def check(self, shapes: Shapes, weights: Weights, tied: bool) -> None:
+    def check(self, shapes: Shapes, weights: Weights, tied: bool, merging: bool = True) -> None:
         """Compares it with a model, whose tensors `shapes` has, before any weight is read.
 
         tied: whether the text head is the table of text embeddings.
+        merging: whether it is going to be merged.
 
         Raises:
-            CheckpointError: the model lacks a module, a shape does not fit, or a matrix is stored
-                quantized.
+            CheckpointError: the model lacks a module, a shape does not fit, or a matrix into which
+                it is merged is stored quantized.
         """
         for name, change in self.changes.items():
             if name not in shapes:
@@ -150,10 +153,11 @@ class Adapter:
                     f"{self.directory}: {name} {problem}: use the model that the adapter was "
                     "trained on"
                 )
-            if name not in weights.names():
+            if merging and name not in weights.names():
                 raise CheckpointError(
                     f"{weights.directory} has {name} quantized, into which nothing is merged: use "
-                    "the checkpoint that it was made from, with quantization= or --quantization"
+                    "the checkpoint that it was made from, with quantization= or --quantization, "
+                    "or load the adapter with merge_adapters=False"
                 )
         if tied and "model.embed_tokens.weight" in self.changes:
             raise CheckpointError(

@@ -14,11 +14,14 @@ from mimo_fast.quantization.formats import (
 from mimo_fast.quantization.gptq import from_gptq
 from mimo_fast.quantization.imports import import_checkpoint
 from mimo_fast.quantization.search import quantize, relative_error
+from mimo_fast.quantization.variants import SharedSource, VariantSource
 
 __all__ = [
     "FOREIGN_KEY",
     "Format",
     "QuantizationConfig",
+    "SharedSource",
+    "VariantSource",
     "WeightSource",
     "checkpoint_bytes",
     "from_bitsandbytes",

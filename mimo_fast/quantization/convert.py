@@ -16,6 +16,7 @@ from mimo_fast.config import LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.dispatch import use_triton
+from mimo_fast.kernels.matmul.adapted import AnyWeight, StoredWeight
 from mimo_fast.kernels.matmul.cpu import pack_for_torch
 from mimo_fast.kernels.matmul.product import Weight
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize_to
@@ -71,9 +72,7 @@ class WeightSource:
             return dequantize_to(quantize(tensor, chosen, name=name), self._dtype or tensor.dtype)
         return tensor.to(self._dtype)
 
-    def weight(
-        self, *modules: str, bias: bool | Sequence[bool] = False
-    ) -> Weight | QuantizedWeight:
+    def weight(self, *modules: str, bias: bool | Sequence[bool] = False) -> AnyWeight:
         """The matrix whose row blocks are M.weight for the given modules M.
 
         bias: whether there is M.bias, one for all or one for each.
@@ -81,6 +80,10 @@ class WeightSource:
         Raises:
             CheckpointError: the blocks are not all dense or all of one format.
         """
+        return self.stored_weight(*modules, bias=bias)
+
+    def stored_weight(self, *modules: str, bias: bool | Sequence[bool] = False) -> StoredWeight:
+        """`weight` of a model without adapters."""
         names = [f"{module}.weight" for module in modules]
         biased = [bias] * len(modules) if isinstance(bias, bool) else bias
         pairs = zip(modules, biased, strict=True)
@@ -102,6 +105,10 @@ class WeightSource:
             filled = [block.new_zeros(len(block)) if own is None else own for block, own in each]
             return Weight.stack([torch.cat(blocks)], [torch.cat(filled)] if any(biased) else [])
         return Weight.stack(blocks, biases)
+
+    def stacked(self, *names: str) -> Tensor:
+        """Tensors [N_i, D] one below the other, dense."""
+        return torch.cat([self(name) for name in names])
 
     def table(self, module: str) -> Tensor | QuantizedWeight:
         """The embedding table M.weight as it is stored or wanted, to be read row by row."""

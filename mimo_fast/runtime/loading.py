@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mimo_fast.arguments import suggestion
-from mimo_fast.checkpoint.adapters import AdaptedWeights, open_adapter
+from mimo_fast.checkpoint.adapters import AdaptedWeights, Adapter, open_adapter
 from mimo_fast.checkpoint.files import Weights, find_checkpoint, open_weights
 from mimo_fast.checkpoint.layout import (
     codec_counts,
@@ -37,17 +37,21 @@ from mimo_fast.quantization import (
     FOREIGN_KEY,
     Format,
     QuantizationConfig,
+    SharedSource,
+    VariantSource,
     WeightSource,
     stored_formats,
     stored_shapes,
     stored_types,
 )
+from mimo_fast.quantization.convert import Read
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.network import statistics_on
 from mimo_fast.runtime.codec.state import NormStatistics
 from mimo_fast.runtime.engine.sequence import in_seconds
 from mimo_fast.runtime.lm.graphs import wanted
 from mimo_fast.runtime.lm.model import LM
+from mimo_fast.runtime.lm.variants import AdaptedLM
 from mimo_fast.runtime.memory import (
     DEFAULT_BATCH,
     OFFLOADABLE,
@@ -73,8 +77,11 @@ class LoadOptions(HubOptions, total=False):
     """Options of memory use and of the codec, besides those of the hub.
 
     Attributes:
-        adapters: Name -> folder of a PEFT adapter, which is merged into the language model's
-            weights as they are read; one at most.
+        adapters: Name -> folder of a PEFT adapter of the language model.
+        merge_adapters: True to merge the one adapter into the weights as they are read, so that
+            every request has it; False to keep adapters beside the weights, so that each request
+            chooses one or none. None merges where one is given and the weights are not stored
+            quantized.
         codec_rope: Rotary frequencies of the codec, "exact" or "bfloat16", that is rounded to it as
             upstream rounds those of the published codec; None for what the checkpoint states.
         max_batch: Number of requests decoded at once; None for as many as fit, at most 4.
@@ -91,6 +98,7 @@ class LoadOptions(HubOptions, total=False):
     """
 
     adapters: Mapping[str, PathLike] | None
+    merge_adapters: bool | None
     codec_rope: str | None
     max_batch: int | None
     max_seq_len: int | None
@@ -118,7 +126,8 @@ def load_parts(
     for_codec = LoadOptions(**options)
     for_codec["revision"] = options.get("codec_revision")
     lm_dir, codec_dir = find(lm, options), find(codec, for_codec)
-    lm_config, lm_weights, stored = open_lm(lm_dir, options.get("adapters"))
+    opened = open_lm(lm_dir, options.get("adapters"), options.get("merge_adapters"))
+    lm_config, lm_weights, stored = opened.config, opened.weights, opened.stored
     codec_config, codec_weights = open_codec(codec_dir, options.get("codec_rope"))
     _check_pair(lm_config, codec_config)
     tokenizer = Tokenizer.from_directory(lm_dir)
@@ -157,9 +166,12 @@ def load_parts(
     progress = tqdm(total=tensors, desc="loading", unit="tensor", leave=False, disable=None)
     with on_device(target), progress as bar:
         offloaded = "text_embeddings" in setup.offload and not lm_config.tie_embeddings
-        read = _reader(lm_weights, target, bar, "model.embed_tokens." if offloaded else None)
-        source = WeightSource(read, lm_dtype, stored, requested)
-        language_model = LM(lm_config, tokenizer.special.empty, source)
+
+        def reader(weights: Weights) -> Read:
+            return _reader(weights, target, bar, "model.embed_tokens." if offloaded else None)
+
+        of_model = reader(lm_weights), lm_dtype, stored, requested
+        language_model = _language_model(opened, tokenizer.special.empty, of_model, reader)
         read = _reader(codec_weights, target, bar)
         source = WeightSource(read, codec_dtype, requested=codec_requested)
         audio_codec = Codec(codec_config, source, codebook=WeightSource(read, torch.float32))
@@ -167,6 +179,26 @@ def load_parts(
     if "codec_encoder" in setup.offload:
         audio_codec.offload_encoder()
     return language_model, audio_codec, tokenizer, setup
+
+
+def _language_model(
+    opened: "OpenedLM", empty_id: int, of_model: tuple[Any, ...], reader: Callable[[Weights], Read]
+) -> LM:
+    """The model, and a variant of it for each adapter that is not merged.
+
+    of_model: arguments of its `WeightSource`. reader: makes what reads from given weights.
+    """
+    config, kept = opened.config, opened.adapters
+    if not kept:
+        return LM(config, empty_id, WeightSource(*of_model))
+    shapes, source = lm_shapes(config), SharedSource(*of_model)
+    base = LM(config, empty_id, source)
+    variants = []
+    for adapter in kept.values():
+        merged = reader(AdaptedWeights(opened.weights, adapter))
+        own = VariantSource(source, adapter, merged, shapes)
+        variants.append(LM(config, empty_id, own, base=base))
+    return AdaptedLM(base, variants, [*kept], [adapter.digest for adapter in kept.values()])
 
 
 def planned(setup: Setup, device: torch.device, options: LoadOptions) -> Setup:
@@ -241,12 +273,29 @@ def find(source: PathLike, hub: HubOptions) -> Path:
     )
 
 
-def open_lm(
-    directory: Path, adapters: Mapping[str, PathLike] | None = None
-) -> tuple[LMConfig, Weights, dict[str, Format]]:
-    """Config, weights and stored formats of a language model; names and shapes are checked.
+class OpenedLM(NamedTuple):
+    """A language model of which no weight has been read.
 
-    With an adapter the weights are `AdaptedWeights`.
+    Attributes:
+        weights: Its tensors; with an adapter that is merged they are `AdaptedWeights`.
+        stored: Formats of the matrices that they hold quantized.
+        adapters: Those that are kept beside them, by name.
+    """
+
+    config: LMConfig
+    weights: Weights
+    stored: dict[str, Format]
+    adapters: dict[str, Adapter]
+
+
+def open_lm(
+    directory: Path,
+    adapters: Mapping[str, PathLike] | None = None,
+    merge: bool | None = None,
+) -> OpenedLM:
+    """A language model whose names and shapes, and those of its adapters, are checked.
+
+    adapters, merge: as in `LoadOptions`.
     """
     path = directory / "config.json"
     raw = read_json(path)
@@ -267,22 +316,22 @@ def open_lm(
                 "in this model can be: quantize again"
             )
     weights.validate(stored_shapes(shapes, stored), packed=stored_types(shapes, stored))
-    if adapters:
-        adapter = open_adapter(_only(adapters))
-        adapter.check(shapes, weights, config.tie_embeddings)
-        weights = AdaptedWeights(weights, adapter)
-        config = replace(config, adapters=(*config.adapters, adapter.digest))
-    return config, weights, stored
-
-
-def _only(adapters: Mapping[str, PathLike]) -> PathLike:
-    if len(adapters) > 1:
-        names = ", ".join(cut(name) for name in adapters)
+    folders = dict(adapters or {})
+    merging = (len(folders) == 1 and not stored) if merge is None else merge
+    if merging and len(folders) > 1:
+        names = ", ".join(cut(name) for name in folders)
         raise CheckpointError(
-            f"{len(adapters)} adapters were given ({names}), and a model is loaded with one, which "
-            "is merged into its weights: load a model for each"
+            f"{len(folders)} adapters were given ({names}), and one can be merged into the "
+            "weights: give one, or leave merge_adapters out, so that each request chooses its own"
         )
-    return next(iter(adapters.values()))
+    kept = {name: open_adapter(folder) for name, folder in folders.items()}
+    for adapter in kept.values():
+        adapter.check(shapes, weights, config.tie_embeddings, merging)
+    if not merging or not kept:
+        return OpenedLM(config, weights, stored, kept)
+    (adapter,) = kept.values()
+    config = replace(config, adapters=(*config.adapters, adapter.digest))
+    return OpenedLM(config, AdaptedWeights(weights, adapter), stored, {})
 
 
 def open_codec(directory: Path, rope: str | None = None) -> tuple[CodecConfig, Weights]:
@@ -378,9 +427,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return chosen
 
 
-def _reader(
-    weights: Weights, device: torch.device, bar: Any, on_host: str | None = None
-) -> Callable[[str], Tensor]:
+def _reader(weights: Weights, device: torch.device, bar: Any, on_host: str | None = None) -> Read:
     """A reader to the device; for a GPU, names that start with `on_host` stay in pinned memory."""
 
     def read(name: str) -> Tensor:

@@ -30,7 +30,7 @@ def merge_adapter(
     """
     source, target = Path(source), Path(target)
     check_new_folder(target)
-    config, weights, _ = open_lm(source, {"adapter": adapter})
+    config, weights, *_ = open_lm(source, {"adapter": adapter}, merge=True)
     shapes = {name: weights.shape(name) for name in weights.names()}
     dtypes = {name: weights.dtype(name) for name in shapes}
     hide = None if progress else True

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fine_tunes import adapter
 from helpers import ADAPTERS, KIT_PAIR, copy_tree, fault, raising, seeded, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,16 +28,6 @@ def adapted(folder: Path) -> AdaptedWeights:
     weights = open_lm(LM, {"a": folder})[1]
     assert isinstance(weights, AdaptedWeights)
     return weights
-
-
-def adapter(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
-    """A folder as PEFT writes it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    described = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "bias": "none"} | config
-    (folder / "adapter_config.json").write_text(json.dumps(described))
-    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-    save_file(named, folder / "adapter_model.safetensors")
-    return folder
 
 
 def pair(name: str = MODULE, shape: tuple[int, int] = (64, 64), rank: int = 2, seed: int = 0):

@@ -483,6 +483,8 @@ def inner_calls(bystander: Bystander) -> Calls:
         ),
         "Codec.check_waveform": (codec.check_waveform, {"wav": torch.zeros(4000), "n_q": 8}),
         "LM.threads": (lm.threads, {}),
+        "LM.place_of": (lm.place_of, {"adapter": None}),
+        "LM.variant": (lm.variant, {"place": 0}),
         "LM.new_state": (lm.new_state, {"seeds": [1], "capacity": 16, "quantized_cache": True}),
         "LM.embed": (
             lm.embed,

@@ -225,9 +225,10 @@ class TestMergedOnDisk:
 class TestRefused:
     def test_several(self):
         adapters = {name: ADAPTERS / name for name in ("qkvo", "dora_rslora")}
-        message = r"^2 adapters were given \(qkvo, dora_rslora\), and a model is loaded with one"
+        message = r"^2 adapters were given \(qkvo, dora_rslora\), and one can be merged"
+        options: dict[str, Any] = {"adapters": adapters, "merge_adapters": True}
         kind = mimo_fast.CheckpointError
-        refuses(message, mimo_fast.load, *KIT_PAIR, device="cpu", adapters=adapters, kind=kind)
+        refuses(message, mimo_fast.load, *KIT_PAIR, device="cpu", kind=kind, **options)
 
     def test_none(self):
         with mimo_fast.load(*KIT_PAIR, device="cpu", adapters={}) as model, loaded() as other:
@@ -240,8 +241,9 @@ class TestRefused:
 
     def test_a_matrix_that_is_stored_quantized(self, tmp_path):
         quantize_checkpoint(LM_FOLDER, tmp_path / "int8", "int8", progress=False)
-        message = fault(lambda: loaded("qkvo", lm=tmp_path / "int8"))
+        message = fault(lambda: loaded("qkvo", lm=tmp_path / "int8", merge_adapters=True))
         assert "quantized, into which nothing is merged" in message
+        assert "merge_adapters=False" in message
         # Biases are dense in every checkpoint.
         copy_tree(ADAPTERS / "bias_lora_only", tmp_path / "a")
         path = tmp_path / "a" / "adapter_model.safetensors"
@@ -249,7 +251,9 @@ class TestRefused:
         save_file(biases, path)
         merge_adapter(tmp_path / "int8", tmp_path / "a", tmp_path / "out", progress=False)
         with (
-            mimo_fast.load(tmp_path / "int8", CODEC, adapters={"a": tmp_path / "a"}) as one,
+            mimo_fast.load(
+                tmp_path / "int8", CODEC, adapters={"a": tmp_path / "a"}, merge_adapters=True
+            ) as one,
             loaded(lm=tmp_path / "out") as other,
         ):
             assert_equal_weights(one.lm, other.lm)

@@ -10,10 +10,11 @@ Small models spend most of their time in calls.
                          embeddings
 
 Weights are read in place, float32 or quantized, so nothing is copied and a memory-mapped file stays
-mapped. Logits differ from those of plain torch by the order of float32 sums; given the logits, a
-draw is `sample.py`'s. A row has the same bits whatever rows are beside it. Few rows are computed on
-the caller's thread: below SMALL bytes of weights, waking another takes longer than it saves. Many
-are divided among the threads that it has.
+mapped; with a weight its adapter is read (`kernels/matmul/adapted.py`). Logits differ from those of
+plain torch by the order of float32 sums; given the logits, a draw is `sample.py`'s. A row has the
+same bits whatever rows are beside it. Few rows are computed on the caller's thread: below SMALL
+bytes of weights, waking another takes longer than it saves. Many are divided among the threads that
+it has.
 
 CPU, float32, heads of 8 n values, widths of 8 n. Everything else runs one product at a time.
 """
@@ -27,14 +28,11 @@ import torch
 from torch import Tensor
 
 from mimo_fast.kernels.cpu import library as native
-from mimo_fast.kernels.matmul.product import Weight
-from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
+from mimo_fast.kernels.matmul.product import AdaptedWeight, AnyWeight, QuantizedWeight, Weight
 from mimo_fast.kernels.sample import SamplerTensors
 
 SMALL = 2**24
 """Bytes of weights up to which a transformer is computed in one call."""
-
-AnyWeight = Weight | QuantizedWeight
 
 Layer = tuple[Tensor, AnyWeight, AnyWeight, Tensor, AnyWeight, AnyWeight]
 """Weight of an RMSNorm, qkv, out, weight of another RMSNorm, gate and up, down."""
@@ -145,9 +143,9 @@ class Product:
         ValueError: its parts do not fit each other.
     """
 
-    def __init__(self, weight: Weight) -> None:
+    def __init__(self, weight: AnyWeight) -> None:
         self.weight = weight
-        self._shape = sum(map(len, weight.blocks)), weight.blocks[0].shape[1]
+        self._shape = weight.shape
         self._native = linear(weight)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -250,8 +248,13 @@ def takes_transformer(layers: Sequence[Layer], norm: Tensor, table: Tensor) -> b
 
 
 def takes_parts(parts: Sequence[Tensor | AnyWeight | None]) -> bool:
-    """Whether a native call may read these tensors in place, and they are small."""
-    size = sum(part.nbytes for part in parts if part is not None and not isinstance(part, Tensor))
+    """Whether a native call may read these tensors in place, and they are small.
+
+    An adapter does not count: a weight is computed with it as without it.
+    """
+    weights = (part for part in parts if part is not None and not isinstance(part, Tensor))
+    bases = (part.base if isinstance(part, AdaptedWeight) else part for part in weights)
+    size = sum(part.nbytes for part in bases)
     return native.available() and size <= SMALL and all(map(is_plain, parts))
 
 
@@ -266,6 +269,9 @@ def is_plain(part: Tensor | AnyWeight | None) -> bool:
         return True
     if isinstance(part, QuantizedWeight):
         return native.takes_weight(part) and is_plain(part.bias)
+    if isinstance(part, AdaptedWeight):
+        each = (part.base, part.a, *(rows.b for rows in part.rows), part.factor, part.bias)
+        return all(map(is_plain, each))
     if isinstance(part, Weight):
         widths = all(block.shape[1] % 8 == 0 for block in part.blocks)
         return widths and all(is_plain(each) for each in (*part.blocks, *part.biases))
@@ -288,6 +294,8 @@ def linear(weight: AnyWeight) -> Any:
         ValueError: its parts do not fit each other.
     """
     native.expect(is_plain(weight), "a weight is not float32 on a CPU, contiguous and frozen")
+    if isinstance(weight, AdaptedWeight):
+        return _adapted_linear(weight)
     compiled = native.compiled()
     if isinstance(weight, QuantizedWeight):
         bias = weight.bias
@@ -304,3 +312,28 @@ def linear(weight: AnyWeight) -> Any:
         )
         linear.add_block(weight=block.data_ptr(), bias=native.address(bias), rows=len(block))
     return linear
+
+
+def _adapted_linear(weight: AdaptedWeight) -> Any:
+    made, (count, columns) = linear(weight.base), weight.shape
+    a, first, rank = weight.a.blocks[0], 0, 0
+    native.expect(len(weight.a.blocks) == 1 and a.shape[1] == columns, "A is not of one width")
+    native.expect(sum(weight.counts) == count, "row blocks are not those of the matrix")
+    for vector in (weight.factor, weight.bias):
+        native.expect(vector is None or vector.shape == (count,), "a factor or bias is of no row")
+    for rows in weight.rows:
+        if rows.b is not None:
+            b = rows.b.blocks[0]
+            own = a[rank : rank + b.shape[1]]
+            native.expect(
+                len(rows.b.blocks) == 1 and b.shape == (rows.count, len(own)),
+                "A and B of an adapter do not fit each other",
+            )
+            given = native.addresses(a=own, b=b)
+            made.adapt(**given, rank=len(own), first=first, rows=rows.count)
+            rank += len(own)
+        first += rows.count
+    native.expect(rank == len(a), "A has rows of no B")
+    if weight.factor is not None:
+        made.scale(**native.addresses(factor=weight.factor, bias=weight.bias))
+    return made

@@ -37,6 +37,7 @@ from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.kernels.defaults import NewPath, enabled
 from mimo_fast.kernels.dispatch import forced
 from mimo_fast.kernels.matmul import cpu
+from mimo_fast.kernels.matmul.adapted import StoredWeight
 from mimo_fast.kernels.matmul.launch import (
     GEMV_ROWS,
     GROUPS,
@@ -57,8 +58,6 @@ from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.matmul.reference import dense_product, epilogues
 from mimo_fast.kernels.matmul.weight import Weight, check_width
 from mimo_fast.kernels.norm import RMSNorm
-
-AnyWeight = Weight | QuantizedWeight
 
 MANY = sys.maxsize
 
@@ -88,7 +87,7 @@ class Setting:
         forced: MIMO_FAST_KERNELS. gradient: whether x requires one.
     """
 
-    weight: AnyWeight
+    weight: StoredWeight
     device: torch.device
     dtype: torch.dtype
     forced: str
@@ -350,7 +349,7 @@ class Step:
     def run(
         self,
         x: Tensor,
-        weight: AnyWeight,
+        weight: StoredWeight,
         norm: RMSNorm | None,
         residual: Tensor | None,
         swiglu: bool,
@@ -362,7 +361,7 @@ class Step:
             return chosen.run(x, weight, norm, residual, swiglu)
         return epilogues(chosen.run(x, weight, norm, None, False), residual, swiglu)
 
-    def parted(self, x: Tensor, weight: AnyWeight, around: Around) -> Tensor:
+    def parted(self, x: Tensor, weight: StoredWeight, around: Around) -> Tensor:
         """`run` by an implementation that takes parts: what is around it is by row."""
         run = partial(self.implementation.run, parts=True)
         return replace(self, implementation=replace(self.implementation, run=run)).run(
@@ -383,7 +382,7 @@ class Plan:
     def __call__(
         self,
         x: Tensor,
-        weight: AnyWeight,
+        weight: StoredWeight,
         norm: RMSNorm | None = None,
         residual: Tensor | None = None,
         swiglu: bool = False,
@@ -398,7 +397,7 @@ class Plan:
     def by_part(
         self,
         x: Tensor,
-        weight: AnyWeight,
+        weight: StoredWeight,
         norm: RMSNorm | None = None,
         residual: Tensor | None = None,
         swiglu: bool = False,
@@ -426,7 +425,7 @@ class Plan:
 
 
 def plan(
-    weight: AnyWeight, device: torch.device, dtype: torch.dtype, gradient: bool = False
+    weight: StoredWeight, device: torch.device, dtype: torch.dtype, gradient: bool = False
 ) -> Plan:
     """How products of x, on this device and of this dtype, with the weight are computed; made once
     and kept with the weight."""
@@ -451,7 +450,7 @@ def make(setting: Setting) -> Plan:
 
 
 def explain(
-    weight: AnyWeight, device: torch.device, dtype: torch.dtype, rows: int
+    weight: StoredWeight, device: torch.device, dtype: torch.dtype, rows: int
 ) -> tuple[str, dict[str, list[str]]]:
     """The implementation that computes a product of so many rows; and why not those that the table
     has before it for this kind of weight: reason -> their names."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimo_fast.kernels.matmul.adapted import AdaptedWeight, AnyWeight, adapted_product
 from mimo_fast.kernels.matmul.cpu import unpacked_product
-from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.matmul.weight import Weight
 from mimo_fast.kernels.norm import RMSNorm
 from mimo_fast.kernels.swiglu import swiglu as swiglu_op
@@ -16,13 +16,15 @@ from mimo_fast.kernels.swiglu import swiglu as swiglu_op
 
 def matmul_ref(
     x: Tensor,
-    weight: Weight | QuantizedWeight,
+    weight: AnyWeight,
     *,
     norm: RMSNorm | None = None,
     residual: Tensor | None = None,
     swiglu: bool = False,
 ) -> Tensor:
     """x [..., K] -> [..., N], or [..., N / 2] with swiglu; arguments are those of `matmul`."""
+    if isinstance(weight, AdaptedWeight):
+        return epilogues(adapted_product(x, weight, norm, matmul_ref), residual, swiglu)
     x = x if norm is None else norm(x)
     y = dense_product(x, weight) if isinstance(weight, Weight) else unpacked_product(x, weight)
     return epilogues(y, residual, swiglu)

@@ -32,6 +32,11 @@ class Weight:
     def stack(cls, blocks: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> Weight:
         return cls(tuple(blocks), tuple(biases) or (None,) * len(blocks))
 
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return sum(map(len, self.blocks)), self.blocks[0].shape[1]
+
     @property
     def nbytes(self) -> int:
         """Bytes that one product must read."""

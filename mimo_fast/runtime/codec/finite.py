@@ -9,12 +9,11 @@ from torch import Tensor
 from mimo_fast.audio.mel import log_mel
 from mimo_fast.checkpoint.layout import codec_shapes
 from mimo_fast.errors import AudioError, NumericError
-from mimo_fast.kernels.matmul.product import matmul
+from mimo_fast.kernels.matmul.product import AnyWeight, matmul
 from mimo_fast.kernels.sample import NOT_FINITE
 from mimo_fast.runtime.codec.layers import CodecStack, Norm
 from mimo_fast.runtime.codec.network import DECODE_SEGMENT, ENCODE_SEGMENT, CodecNetwork
 from mimo_fast.runtime.lm.finite import Named, cause, of_matrix
-from mimo_fast.runtime.lm.transformer import AnyWeight
 
 
 def checked_codes(codec: CodecNetwork, codes: Tensor, wav: Tensor) -> Tensor:

@@ -16,13 +16,13 @@ from torch import Tensor
 from mimo_fast.kernels.attention import attention, window_attention
 from mimo_fast.kernels.cpu import codec_stack as small_codec
 from mimo_fast.kernels.cpu import library as native
-from mimo_fast.kernels.matmul.product import matmul
+from mimo_fast.kernels.matmul.product import AnyWeight, matmul
 from mimo_fast.kernels.norm import layer_norm, rms_norm
 from mimo_fast.kernels.rope import rope, rope_frequencies, rope_rows, rope_table
 from mimo_fast.kernels.sdpa import sdpa
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.codec.geometry import conv_overlap
-from mimo_fast.runtime.lm.transformer import AnyWeight, Attend, GetTensor
+from mimo_fast.runtime.lm.transformer import Attend, GetTensor
 
 LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1e-6

@@ -165,20 +165,20 @@ class Decoder:
             if row.stale:
                 self._restore(row)
             row.stale = True
-        if self.graphs and self.graphs.conditional:
+        fed, _ = _fed_and_fresh(rows)
+        if self.graphs and self.graphs.joins([rows[i].slot for i in fed]):
             return self._launch_whole(rows, self.graphs)
         drawn = self._draw_text(rows)
         likely = self._likely_to_speak(rows)
         return Launched(rows, drawn, self._patches(likely) if likely else {})
 
     def _launch_whole(self, rows: Sequence[Row], graphs: Graphs) -> Launched:
-        """`launch` with conditional graphs: one launch for all rows that have a group to feed."""
+        """`launch` with conditional graphs: one launch for each adapter among the rows that have a
+        group to feed, of which there are some."""
         fed, fresh = _fed_and_fresh(rows)
-        drawn, patches = HostRead([]), dict[int, Tensor]()
-        if fed:
-            slots = [rows[i].slot for i in fed]
-            wait, codes = graphs.group(slots)
-            drawn, patches = HostRead([(fed, wait)]), dict(zip(slots, codes, strict=True))
+        slots = [rows[i].slot for i in fed]
+        wait, codes = graphs.group(slots)
+        drawn, patches = HostRead([(fed, wait)]), dict(zip(slots, codes, strict=True))
         if fresh:
             drawn += HostRead.of(self._sample_text([rows[i] for i in fresh]), order=fresh)
         return Launched(rows, drawn, patches)

@@ -28,12 +28,11 @@ from mimo_fast.kernels.cpu.transformer import (
     takes_table,
     takes_transformer,
 )
-from mimo_fast.kernels.matmul.product import Weight, matmul
+from mimo_fast.kernels.matmul.product import AdaptedWeight, AnyWeight, Weight, matmul
 from mimo_fast.kernels.sample import SamplerTensors
 from mimo_fast.kernels.sample_codes import CodeStep, patch_noise, sample_codes
 from mimo_fast.runtime.lm.state import DecodeState
 from mimo_fast.runtime.lm.transformer import (
-    AnyWeight,
     TransformerWeights,
     cached_attend,
     self_attend,
@@ -215,8 +214,10 @@ def _between(network: Network) -> tuple[AnyWeight, AnyWeight, AnyWeight]:
 
 def _product(weight: AnyWeight) -> AnyProduct | Product:
     """A native product where the matrix is small; its rows have the bits that they have alone."""
-    small = isinstance(weight, Weight) and takes_parts([weight])
-    return Product(weight) if isinstance(weight, Weight) and small else AnyProduct(weight)
+    # One that is quantized has a native product of its own.
+    if isinstance(weight, Weight | AdaptedWeight) and takes_parts([weight]):
+        return Product(weight)
+    return AnyProduct(weight)
 
 
 def _native(

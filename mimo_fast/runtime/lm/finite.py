@@ -1,5 +1,7 @@
 """Why a language model's values are not finite: which weight is not, else which layer overflows.
 
+Of a model whose rows choose their adapter it is asked of the variant, `LM.variant`.
+
 A reply that fails (`NOT_FINITE` in kernels/sample.py) asks it, in its consumer's thread. Before
 that nothing here runs.
 """
@@ -10,14 +12,13 @@ import torch
 from torch import Tensor
 
 from mimo_fast.checkpoint.layout import lm_shapes
-from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
+from mimo_fast.kernels.matmul.product import AdaptedWeight, AnyWeight, QuantizedWeight
 from mimo_fast.kernels.norm import rms_norm
 from mimo_fast.kernels.patch_embed import patch_embed
 from mimo_fast.kernels.sample import NOT_FINITE
 from mimo_fast.runtime.lm.model import LM, PREFILL_CHUNK
 from mimo_fast.runtime.lm.teacher_forcing import patch_inputs
 from mimo_fast.runtime.lm.transformer import (
-    AnyWeight,
     layer_outputs,
     prefill_attend,
     self_attend,
@@ -122,6 +123,10 @@ def tensors(lm: LM) -> Named:
 def of_matrix(weight: AnyWeight | Tensor, modules: Sequence[str], rows: Sequence[int]) -> Named:
     """The tensors of a matrix by the modules whose weights, of so many rows each, it stacks."""
     parts: dict[str, Sequence[Tensor | None]]
+    if isinstance(weight, AdaptedWeight):
+        yield from of_matrix(weight.base, modules, rows)
+        yield from _of_adapter(weight, modules)
+        return
     if isinstance(weight, Tensor):
         parts = {"weight": [weight]}
     elif isinstance(weight, QuantizedWeight):
@@ -138,6 +143,19 @@ def of_matrix(weight: AnyWeight | Tensor, modules: Sequence[str], rows: Sequence
         for name, blocks in parts.items():
             if (block := blocks[i]) is not None:
                 yield f"{module}.{name}", block
+
+
+def _of_adapter(weight: AdaptedWeight, modules: Sequence[str]) -> Named:
+    """What an adapter has beside a matrix, by the modules whose weights that stacks."""
+    where = ", ".join(modules)
+    yield f"{where}.lora_A.weight", weight.a.blocks[0]
+    for module, rows in zip(modules if len(weight.rows) > 1 else [where], weight.rows, strict=True):
+        if rows.b is not None:
+            yield f"{module}.lora_B.weight", rows.b.blocks[0]
+    if weight.factor is not None:
+        yield f"{where}.lora_magnitude_vector", weight.factor
+    if weight.bias is not None:
+        yield f"{where}.bias", weight.bias
 
 
 def _steps(lm: LM, ids: Tensor, lost: Tensor | None, quantized_cache: bool) -> Named:

@@ -18,6 +18,10 @@ Prompts are captured first; all graphs share the memory that the longest one tak
 as long as three prompts. What does not fit into `CAPTURE_SECONDS` and `CAPTURE_BYTES` is captured
 when it is first used.
 
+Of a model whose rows choose their adapter (`AdaptedLM`) each variant has graphs of its own, which
+are captured when they are first used; a step replays one for each adapter among its rows, and
+prompts run together with those of the same adapter.
+
 With conditional graphs a third graph joins the two: the step, then the patch, which runs only if
 one of the rows has drawn `<|empty|>`. A group is then one launch, no unused patch is computed, and
 no patch waits for the host.
@@ -30,10 +34,11 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +47,7 @@ from tqdm import tqdm
 from mimo_fast.kernels.cuda import graph_conditional
 from mimo_fast.kernels.defaults import NewPath, enabled
 from mimo_fast.runtime.lm.model import LM
-from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
+from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState, by_place
 from mimo_fast.text.prompt import PackedPrompt
 
 ENVIRONMENT = "MIMO_FAST_NO_GRAPH"
@@ -190,14 +195,15 @@ class Graphs:
             joins = enabled(NewPath.CONDITIONAL_GRAPHS, lm.device) and graph_conditional.available()
             capture, join = CudaCapture(keep=joins), CudaJoined if joins else None
         self._capture, self._join = capture, join
-        self._steps: dict[int, Captured] = {}
-        self._patches: dict[int, Captured] = {}
-        self._prompts: dict[tuple[int, int], CapturedPrompt] = {}
+        # By place of the adapter, then by size.
+        self._steps: dict[tuple[int, int], Captured] = {}
+        self._patches: dict[tuple[int, int], Captured] = {}
+        self._prompts: dict[tuple[int, int, int], CapturedPrompt] = {}
         default = enabled(NewPath.PROMPT_GRAPHS, lm.device)
         self.takes_prompts = default if prompts is None else prompts
         default = enabled(NewPath.PACKED_PROMPTS, lm.device)
         self.packs_prompts = self.takes_prompts and (default if packed is None else packed)
-        self._joined: dict[int, Joined] = {}
+        self._joined: dict[tuple[int, int], Joined] = {}
 
     @property
     def buckets(self) -> list[int]:
@@ -234,7 +240,8 @@ class Graphs:
 
     @torch.no_grad()
     def warmup(self, progress: bool = True) -> None:
-        """Captures all graphs, the largest first, so that smaller ones reuse its memory."""
+        """Captures all graphs without an adapter, the largest first, so that smaller ones reuse its
+        memory."""
         # tqdm shows the bar only on a terminal.
         show = None if progress else True
         prompts, began, before = self._prompt_graphs(), perf_counter(), self._reserved()
@@ -243,15 +250,22 @@ class Graphs:
             for graph in reversed(prompts):
                 taken = perf_counter() - began, self._reserved() - before
                 if taken[0] < CAPTURE_SECONDS and taken[1] < CAPTURE_BYTES:
-                    self._prompt(*graph)
+                    self._prompt(0, *graph)
                 bar.update(1)
             for bucket in reversed(self.buckets):
-                if bucket not in self._patches:
-                    step = self._steps[bucket] = self._captured(bucket, self._step)
-                    indices = step.indices if self._join else None
-                    self._patches[bucket] = self._captured(bucket, self._patch, indices)
-                    self._join_both(bucket)
+                self._capture_group(0, bucket)
                 bar.update(2)
+
+    def _capture_group(self, place: int, bucket: int) -> None:
+        """Captures step and patch of one adapter and batch size, unless they are."""
+        if (place, bucket) in self._patches:
+            return
+        lm = self._lm.variant(place)
+        step = self._captured(bucket, partial(self._step, lm))
+        indices = step.indices if self._join else None
+        patch = self._captured(bucket, partial(self._patch, lm), indices)
+        self._steps[place, bucket], self._patches[place, bucket] = step, patch
+        self._join_both(place, bucket)
 
     def _reserved(self) -> int:
         """Bytes that the allocator holds on a GPU."""
@@ -260,24 +274,35 @@ class Graphs:
 
     @property
     def conditional(self) -> bool:
-        """Whether `group` can be used."""
+        """Whether `group` can be used without an adapter."""
         if self._join is not None and not self._joined:
             self.warmup(progress=False)
         return self._join is not None
 
+    def joins(self, slots: Sequence[int]) -> bool:
+        """Whether `group` takes these slots, of which there are some; captures what that needs."""
+        return self.conditional and bool(self._parts(slots)) and self._join is not None
+
     def group(self, slots: Sequence[int]) -> tuple[Callable[[], list[int]], Tensor]:
-        """`step` and, if any of the slots draws `<|empty|>`, `patch`, in one launch.
+        """`step` and, if any of the slots draws `<|empty|>`, `patch`, a launch for each
+        adapter.
 
         Returns:
             A function that waits for the slots' tokens, to be called before the next `group`, if at
             all; and a copy of the codes int64 [R, C, G], valid for slots that speak.
         """
-        bucket, padded = self._padded(slots)
-        both = self._joined[bucket]
-        self._steps[bucket].indices.set(padded)
-        both.launch()
-        codes = self._patches[bucket].result[: len(slots)].clone()
-        return lambda: both.wait()[: len(slots)], codes
+        parts, codes = self._parts(slots), list[Tensor]()
+        for part in parts:
+            self._steps[part.graph].indices.set(part.padded)
+            self._joined[part.graph].launch()
+            # The graphs share memory: the next one may overwrite it.
+            codes.append(self._patches[part.graph].result[: len(part.rows)].clone())
+
+        def wait() -> list[int]:
+            drawn = [self._joined[part.graph].wait()[: len(part.rows)] for part in parts]
+            return _in_order(parts, drawn)
+
+        return wait, codes[0] if len(parts) == 1 else torch.stack(_in_order(parts, codes))
 
     def step(self, slots: Sequence[int]) -> Tensor:
         """`LM.step` and `LM.sample_text` of these slots: int64 [R], valid until the next call."""
@@ -304,20 +329,31 @@ class Graphs:
                 self._lm.prefill(part.prompt.settled(), self._state, part.slot, part.start)
             return
         size = self._lm.config.group_size
-        bucket = max(self.bucket_of(part.prompt.ids.shape[1] // size) for part in parts)
-        count = next(n for n in (1, *PACKED) if n >= len(parts))
-        self._prompt(count, bucket).run(parts)
+        for place, rows in by_place(self._state, [part.slot for part in parts]).items():
+            own = [parts[row] for row in rows]
+            bucket = max(self.bucket_of(part.prompt.ids.shape[1] // size) for part in own)
+            count = next(n for n in (1, *PACKED) if n >= len(own))
+            self._prompt(place, count, bucket).run(own)
 
-    def _replay(self, graphs: dict[int, Captured], slots: Sequence[int]) -> Tensor:
-        bucket, padded = self._padded(slots)
-        return graphs[bucket].run(padded)[: len(slots)]
+    def _replay(self, graphs: dict[tuple[int, int], Captured], slots: Sequence[int]) -> Tensor:
+        parts = self._parts(slots)
+        if len(parts) == 1:
+            return graphs[parts[0].graph].run(parts[0].padded)[: len(slots)]
+        # The graphs share memory: the next one may overwrite a result.
+        made = [graphs[part.graph].run(part.padded)[: len(part.rows)].clone() for part in parts]
+        return torch.stack(_in_order(parts, made))
 
-    def _padded(self, slots: Sequence[int]) -> tuple[int, list[int]]:
-        """The batch size of the graph for these slots, and the slots padded to it."""
-        bucket = next(size for size in self.buckets if size >= len(slots))
-        if bucket not in self._patches:
-            self.warmup(progress=False)
-        return bucket, [*slots, *[self._state.slots] * (bucket - len(slots))]
+    def _parts(self, slots: Sequence[int]) -> list["_Part"]:
+        """The slots by adapter; graphs for all of them are captured before one is launched."""
+        parts = list[_Part]()
+        for place, rows in by_place(self._state, slots).items():
+            bucket = next(size for size in self.buckets if size >= len(rows))
+            if not self._patches:
+                self.warmup(progress=False)
+            self._capture_group(place, bucket)
+            padding = [self._state.slots] * (bucket - len(rows))
+            parts.append(_Part((place, bucket), rows, [*(slots[row] for row in rows), *padding]))
+        return parts
 
     def _captured(
         self, bucket: int, work: Callable[[Tensor], Tensor], indices: SlotIndices | None = None
@@ -326,25 +362,26 @@ class Graphs:
         replay, result = self._capture(lambda: work(indices.numbers))
         return Captured(indices, replay, result)
 
-    def _join_both(self, bucket: int) -> None:
+    def _join_both(self, place: int, bucket: int) -> None:
         if self._join is None:
             return
-        step, patch = self._steps[bucket], self._patches[bucket]
+        step, patch = self._steps[place, bucket], self._patches[place, bucket]
         rows = step.result, step.indices.numbers, self._lm.empty_id, self._state.slots
         try:
-            self._joined[bucket] = self._join(step.replay, patch.replay, *rows)
+            self._joined[place, bucket] = self._join(step.replay, patch.replay, *rows)
         except RuntimeError as error:
             warnings.warn(f"decoding goes on without conditional graphs: {error}", stacklevel=2)
             self._join = None
             self._joined.clear()
 
-    def _prompt(self, count: int, bucket: int) -> CapturedPrompt:
-        """The graph of `count` prompts of one length, captured now if it has not been."""
-        if (count, bucket) not in self._prompts:
-            self._prompts[count, bucket] = self._captured_prompt(count, bucket)
-        return self._prompts[count, bucket]
+    def _prompt(self, place: int, count: int, bucket: int) -> CapturedPrompt:
+        """The graph of `count` prompts of one adapter and length, captured if it has not been."""
+        graph = place, count, bucket
+        if graph not in self._prompts:
+            self._prompts[graph] = self._captured_prompt(self._lm.variant(place), count, bucket)
+        return self._prompts[graph]
 
-    def _captured_prompt(self, count: int, bucket: int) -> CapturedPrompt:
+    def _captured_prompt(self, lm: LM, count: int, bucket: int) -> CapturedPrompt:
         config, device = self._lm.config, self._lm.device
         shape = (config.channels + 1, bucket, config.group_size)
         inputs = torch.zeros(count, math.prod(shape) + 3, dtype=torch.int64, device=device)
@@ -352,17 +389,33 @@ class Graphs:
         inputs[:, -3], inputs[:, -2] = self._state.slots, NO_POSITION
         ids, places = inputs[:, :-3].unflatten(1, shape), inputs[:, -3:]
         self._lm.backbone_rope  # noqa: B018
-        replay, _ = self._capture(lambda: self._lm.prefill_packed(ids, places, self._state))
+        replay, _ = self._capture(lambda: lm.prefill_packed(ids, places, self._state))
         return CapturedPrompt(inputs, replay, self._state.slots, shape)
 
-    def _step(self, slots: Tensor) -> Tensor:
+    def _step(self, lm: LM, slots: Tensor) -> Tensor:
         state = self._state
-        self._lm.step(state, slots)
+        lm.step(state, slots)
         settings = state.text_sampler.select(slots)
-        return self._lm.sample_text(state, slots, settings, state.banned[slots])
+        return lm.sample_text(state, slots, settings, state.banned[slots])
 
-    def _patch(self, slots: Tensor) -> Tensor:
-        return self._lm.sample_patch(self._state, slots, self._state.code_sampler.select(slots))
+    def _patch(self, lm: LM, slots: Tensor) -> Tensor:
+        return lm.sample_patch(self._state, slots, self._state.code_sampler.select(slots))
+
+
+class _Part(NamedTuple):
+    """Rows of one adapter, the graph that takes them, and their slots padded to its size."""
+
+    graph: tuple[int, int]
+    rows: list[int]
+    padded: list[int]
+
+
+def _in_order(parts: Sequence[_Part], made: Sequence[Iterable[Any]]) -> list[Any]:
+    """What was made for the rows of each part, in the order of all rows."""
+    by_row = dict[int, Any]()
+    for part, values in zip(parts, made, strict=True):
+        by_row |= zip(part.rows, values, strict=True)
+    return [by_row[row] for row in range(len(by_row))]
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mimo_fast.arguments import checked
+from mimo_fast.arguments import checked, suggestion
 from mimo_fast.config import LMConfig, TransformerConfig
+from mimo_fast.json_files import shown
 from mimo_fast.kernels.cpu.transformer import Product
-from mimo_fast.kernels.matmul.product import matmul, matmul_by_part
+from mimo_fast.kernels.matmul.product import AnyWeight, matmul, matmul_by_part
 from mimo_fast.kernels.patch_embed import patch_embed
 from mimo_fast.kernels.rope import rope_rows, rope_table
 from mimo_fast.kernels.sample import SamplerTensors
@@ -30,7 +31,6 @@ from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.lm.executor import AnyProduct, Executor, FusedBackbone, Network, choose
 from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
 from mimo_fast.runtime.lm.transformer import (
-    AnyWeight,
     padded_attend,
     prefill_attend,
     transformer,
@@ -42,6 +42,12 @@ PREFILL_CHUNK = 512
 
 Frequencies = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Rotary frequencies of backbone, patch encoder and patch decoder."""
+
+TABLES = (
+    *("code_offsets", "empty_codes", "code_steps"),
+    *("backbone_rope", "encoder_rope", "decoder_rope"),
+)
+"""What follows from the config alone."""
 
 TEXT_SLOT = 0
 """Random slot of the text draw; the frames of a patch draw in the slots after it."""
@@ -65,7 +71,17 @@ class LM:
         source: its weights, on the device and in the dtype to compute in.
         frequencies: rotary frequencies [Dh / 2] of backbone, patch encoder and patch decoder; None
             for those of the config.
+        base: the model that this one is a variant of; what both have in common is shared.
+
+    Attributes:
+        adapters: Names of the adapters that a slot may have, in order. Place 0 of
+            `DecodeState.adapters` is the model without one, place i + 1 is adapters[i].
+        adapter_digests: What tells the adapters of all places from others; "" for place 0.
     """
+
+    _variants: "tuple[LM, ...]" = ()
+    adapters: tuple[str, ...] = ()
+    adapter_digests: tuple[str, ...] = ("",)
 
     def __init__(
         self,
@@ -73,6 +89,7 @@ class LM:
         empty_id: int,
         source: WeightSource,
         frequencies: Frequencies = (None, None, None),
+        base: "LM | None" = None,
     ) -> None:
         self.config, self.empty_id, self.owner = config, empty_id, Owner()
         self.frequencies = frequencies
@@ -83,7 +100,7 @@ class LM:
         self.text_embeddings = source.table("model.embed_tokens")
         self.text_head = source.weight("model.embed_tokens" if config.tie_embeddings else "lm_head")
         self.code_embeddings, self.code_heads = (
-            torch.cat([source(f"{table}.{c}.weight") for c in range(config.channels)])
+            source.stacked(*(f"{table}.{c}.weight" for c in range(config.channels)))
             for table in ("speech_embeddings", "local_transformer_lm_heads")
         )
         # Projecting the table once makes each decoder step a plain gather.
@@ -91,14 +108,24 @@ class LM:
         self.embeddings_to_local: AnyWeight | None = None
         if encoder.dim != decoder.dim:
             self.embeddings_to_local = source.weight("speech_embeddings_to_local")
-            self.decoder_embeddings = matmul(self.code_embeddings, self.embeddings_to_local)
+            self.decoder_embeddings = self._projected(base)
         self.patch_to_backbone = source.weight("speech_group_downcast")
         self.backbone_to_patch = source.weight("hidden_states_downcast")
         self.device, self.dtype = self.code_embeddings.device, self.code_embeddings.dtype
-        self._make_tables()
+        self._make_tables(base)
         self._executor: Executor = choose(self.network)
 
-    def _make_tables(self) -> None:
+    def _projected(self, base: "LM | None") -> Tensor:
+        table, weight = self.code_embeddings, self.embeddings_to_local
+        assert weight is not None
+        if base and base.code_embeddings is table and base.embeddings_to_local is weight:
+            return base.decoder_embeddings
+        return matmul(table, weight)
+
+    def _make_tables(self, base: "LM | None") -> None:
+        if base:
+            vars(self).update({name: getattr(base, name) for name in TABLES})
+            return
         config, device = self.config, self.device
         offsets = [0, *accumulate(config.code_sizes[:-1])]
         self.code_offsets = torch.tensor(offsets, dtype=torch.int64, device=device)
@@ -148,6 +175,36 @@ class LM:
         for tensor in (self.backbone.norm, self.patch_decoder.norm, self.code_embeddings[:4]):
             digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def place_of(self, adapter: str | None) -> int:
+        """The place of an adapter by its name; 0 for None.
+
+        Raises:
+            ValueError: the model has no adapter of that name.
+        """
+        if adapter is None:
+            return 0
+        if adapter not in self.adapters:
+            known = "load the model with adapters={name: folder}"
+            if self.adapters:
+                known = f"{suggestion(adapter, self.adapters)} Use {', '.join(self.adapters)}"
+            raise ValueError(f"no adapter {shown(adapter)}: {known}")
+        return 1 + self.adapters.index(adapter)
+
+    def variant(self, place: int) -> "LM":
+        """The model with the adapter of one place, for rows that all have it; 0 for none.
+
+        Raises:
+            ValueError: no adapter has that place.
+        """
+        if not 0 <= place <= len(self.adapters):
+            raise ValueError(f"place must be 0 to {len(self.adapters)}, not {place}")
+        return self._variants[place] if self._variants else self
+
+    @property
+    def adapter_nbytes(self) -> int:
+        """Bytes that its adapters hold beside the model's own weights."""
+        return 0
 
     @property
     def prefill_chunk(self) -> int:

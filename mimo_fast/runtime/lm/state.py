@@ -99,6 +99,8 @@ class DecodeState:
         draws: Number of groups drawn, int64 [B + 1]; seed and draws identify every draw.
         text_sampler, code_sampler: Sampler settings of each slot.
         banned: Text ids that must not be drawn, bool [B + 1, V].
+        adapters: Place of the adapter of each slot (`LM.place_of`), in host memory, B + 1 entries;
+            0 for none. Whoever gives a slot to a sequence sets it before its prompt is prefilled.
     """
 
     cache: KVCache
@@ -115,6 +117,7 @@ class DecodeState:
     text_sampler: SamplerTensors
     code_sampler: SamplerTensors
     banned: Tensor
+    adapters: list[int]
 
     @classmethod
     def allocate(
@@ -151,6 +154,7 @@ class DecodeState:
             text_sampler=_any_settings(rows, device),
             code_sampler=_any_settings(rows, device),
             banned=zeros(config.vocab_size, dtype=torch.bool),
+            adapters=[0] * rows,
         )
 
     @property
@@ -167,6 +171,14 @@ class DecodeState:
         device = self.lengths.device
         self.text_sampler.write(slot, sampler_tensors([text], device))
         self.code_sampler.write(slot, sampler_tensors([codes], device))
+
+
+def by_place(state: DecodeState, slots: Sequence[int]) -> dict[int, list[int]]:
+    """Places of adapters, and which of the slots, by their index, have each."""
+    found: dict[int, list[int]] = {}
+    for row, slot in enumerate(slots):
+        found.setdefault(state.adapters[slot], []).append(row)
+    return found
 
 
 def _any_settings(rows: int, device: torch.device) -> SamplerTensors:

@@ -1,7 +1,8 @@
 """Teacher forcing: hidden states and logits of whole sequences whose groups are known.
 
 Training and the comparison of models use it. The layers are those of decoding, over all positions
-instead of a KV cache, and on the plain torch path they are differentiable.
+instead of a KV cache, and on the plain torch path they are differentiable. Of a model whose rows
+choose their adapter `LM.variant` is what has one.
 """
 
 import torch

@@ -12,14 +12,12 @@ from torch import Tensor
 from mimo_fast.config import TransformerConfig
 from mimo_fast.kernels.attention import attention, rotary_attention
 from mimo_fast.kernels.decode_attention import decode_attention
-from mimo_fast.kernels.matmul.product import QuantizedWeight, Weight, matmul
+from mimo_fast.kernels.matmul.product import AnyWeight, matmul
 from mimo_fast.kernels.norm import RMSNorm, rms_norm
 from mimo_fast.kernels.prefill_attention import prefill_attention
 from mimo_fast.kernels.rope import rope_append
 from mimo_fast.quantization import WeightSource
 from mimo_fast.runtime.lm.state import KVCache
-
-AnyWeight = Weight | QuantizedWeight
 
 Attend = Callable[[int, Tensor], Tensor]
 """Attention of one layer: (layer, qkv [N, T, (H + 2 Hkv) Dh]) -> [N, T, H Dh]."""

@@ -254,14 +254,15 @@ void test_transformer(const Model& model, double tolerance) {
 }
 
 // Every number of rows has the bits of rows alone, whatever tiles it is cut into and whoever computes them.
-void test_multiply(int64_t rows, int64_t columns) {
-    const Matrix w(rows, columns, rows % 2);
+void test_multiply(const Matrix& w) {
+    const int64_t rows = w.rows, columns = w.columns;
     const int64_t most = 200;
     const Floats x = gaussian(most * columns);
     Output alone(most * rows);
     for (int64_t m = 0; m < most; ++m) kernels->multiply(w.linear, &x[m * columns], 1, &alone.values[m * rows]);
     const double error = alone.error(w.multiply(wide(x)));
-    report(error <= FLOAT_ERROR, "multiply: error %g; N %ld, K %ld", error, rows, columns);
+    report(error <= (w.linear.blocks.empty() ? FIXED_ERROR : FLOAT_ERROR), "multiply: error %g; N %ld, K %ld", error,
+           rows, columns);
     for (int64_t M = 2; M <= most; M = M < 17 ? M + 1 : M < 48 ? 48 : M + 152) {
         Output y(M * rows);
         kernels->multiply(w.linear, x.data(), M, y.values.data());
@@ -655,11 +656,26 @@ uint64_t test_set() {
         test_transformer(Model(1, 64, 4, 4, 16, 128, bits), bits ? 2e-3 : FLOAT_ERROR);
     }
     test_transformer(Model(2, 40, 3, 1, 24, 72, 0), FLOAT_ERROR);
-    for (const auto& [rows, columns] : {std::pair{1, 8}, {7, 24}, {40, 192}, {35, 512}, {9, 1288}})
-        test_multiply(rows, columns);
-    test_prompts(Model(2, 192, 6, 2, 64, 320, 0));
-    test_many_rows(Model(2, 192, 6, 2, 64, 320, 0));
-    test_decode_patch(Model(2, 40, 3, 1, 24, 72, 0));
+    for (const auto& [rows, columns] : {std::pair{1, 8}, {7, 24}, {40, 192}, {35, 512}, {9, 1288}}) {
+        test_multiply(Matrix(rows, columns, rows % 2));
+        for (const bool scaled : {false, true}) {
+            Matrix adapted(rows, columns, rows % 2);
+            adapted.adapt({8, 0, 24}, scaled);
+            test_multiply(adapted);
+        }
+    }
+    for (const int bits : {4, 8}) {
+        Matrix adapted(90, 256, true, bits, 128, true);
+        adapted.adapt({64}, bits == 4);
+        test_multiply(adapted);
+        test_transformer(Model(2, 192, 6, 2, 64, 320, bits, 16), 2e-3);
+    }
+    for (const int64_t rank : {0, 8}) {
+        test_prompts(Model(2, 192, 6, 2, 64, 320, 0, rank));
+        test_many_rows(Model(2, 192, 6, 2, 64, 320, 0, rank));
+        test_decode_patch(Model(2, 40, 3, 1, 24, 72, 0, rank));
+    }
+    test_transformer(Model(2, 40, 3, 1, 24, 72, 0, 64), FLOAT_ERROR);
     for (const bool layer_norms : {false, true}) {
         test_codec_stack(1, 3, 24, 80, layer_norms);
         test_codec_stack(9, 2, 40, 104, layer_norms);

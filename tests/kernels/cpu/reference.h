@@ -81,6 +81,8 @@ struct Matrix {
     Floats weights, biases;
     std::vector<uint32_t> words;
     std::vector<uint16_t> scales, zeros;
+    std::deque<Floats> added;  // A and B of each block of rows
+    Floats factor, last_bias;
     Linear linear;
 
     Matrix(int64_t rows, int64_t columns, bool has_bias) : rows(rows), columns(columns) {
@@ -120,6 +122,31 @@ struct Matrix {
                             has_zeros ? zeros.data() : nullptr, bits, int(block), group, rows, columns};
     }
     Matrix(const Matrix&) = delete;
+
+    // Adapters of these ranks beside as many blocks of rows, 0 for a block without one, and the factor and bias after them.
+    void adapt(const std::vector<int64_t>& ranks, bool scaled) {
+        const int64_t count = int64_t(ranks.size());
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t first = rows * i / count, own = rows * (i + 1) / count - first, rank = ranks[i];
+            if (!rank || !own) continue;
+            const Floats& a = added.emplace_back(gaussian(rank * columns, 1 / std::sqrt(double(columns))));
+            const Floats& b = added.emplace_back(gaussian(own * rank, 1 / std::sqrt(double(rank))));
+            linear.added.push_back({a.data(), b.data(), rank, first, own});
+            for (int64_t n = 0; n < own; ++n)
+                for (int64_t k = 0; k < columns; ++k)
+                    for (int64_t r = 0; r < rank; ++r)
+                        dense[(first + n) * columns + k] += double(b[n * rank + r]) * a[r * columns + k];
+        }
+        if (!scaled) return;
+        factor = gaussian(rows, 0.2, 1);
+        last_bias = gaussian(rows);
+        linear.factor = factor.data();
+        linear.last_bias = last_bias.data();
+        for (int64_t n = 0; n < rows; ++n) {
+            for (int64_t k = 0; k < columns; ++k) dense[n * columns + k] *= factor[n];
+            bias[n] = bias[n] * factor[n] + last_bias[n];
+        }
+    }
 
     void add_bias(bool has_bias) {
         biases = gaussian(has_bias ? rows : 0);
@@ -213,20 +240,25 @@ inline Floats rotations(int64_t positions, int64_t half) {
     return table;
 }
 
-// A random small transformer, dense or quantized.
+// A random small transformer, dense or quantized, with adapters of a rank beside its matrices or none.
 struct Model {
     std::deque<Matrix> matrices;  // qkv, out, gate_up and down of each layer
     std::deque<Floats> norms;     // two a layer, and the last
     Floats table;
     Transformer native;
 
-    Model(int layers, int64_t dim, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t ffn, int bits) {
+    Model(
+        int layers, int64_t dim, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t ffn, int bits,
+        int64_t rank = 0
+    ) {
         const int64_t positions = 12;
         table = rotations(positions, head_dim / 2);
         native = {{}, nullptr, 1e-5f, table.data(), positions, dim, heads, kv_heads, head_dim};
         const auto matrix = [&](int64_t rows, int64_t columns, bool bias) -> const Linear& {
             if (bits) matrices.emplace_back(rows, columns, bias, bits, columns % 128 ? 64 : 128, true);
             else matrices.emplace_back(rows, columns, bias);
+            // Of qkv's three blocks, q has none.
+            if (rank) matrices.back().adapt({bias ? 0 : rank, rank, rank}, bias);
             return matrices.back().linear;
         };
         for (int i = 0; i < layers; ++i) {

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cpu.codec_stack import CodecStack
-from mimo_fast.kernels.cpu.transformer import PatchDecoder, Transformer
+from mimo_fast.kernels.cpu.transformer import PatchDecoder, Product, Transformer
 from mimo_fast.kernels.kv_cache import LayerKV
+from mimo_fast.kernels.matmul.adapted import AdaptedWeight, Rows
 from mimo_fast.kernels.matmul.product import Weight
 from mimo_fast.kernels.norm import RMSNorm
 from mimo_fast.kernels.rope import rope_table
@@ -47,6 +48,7 @@ RIGHT = (
     *(f"*, *, {layout}" for layout in (*SAME_VALUES, "first row expanded")),
     # Sizes that are the caller's choice.
     *("*, table, dim 1 longer", "*, table, dim 1 shorter", "attention*, table, dim 1 empty"),
+    *("adapted, x, dim 0 *", "adapted, x, dim ? twice"),
     *(f"encode, x, dim {dim} {change}" for dim in (0, 1) for change in ("longer", "shorter")),
     *("encode, x, dim ? empty", "patch, step, dim 1 *", "text, banned, dim 0 missing"),
     *("product *, x, dim ? twice", "product *, residual, dim 0 *"),
@@ -132,6 +134,12 @@ def product(kind: str, **p: Tensor) -> Tensor:
     )
 
 
+def adapted(**p: Tensor) -> Tensor:
+    rows = (Rows(16, None), Rows(24, Weight((p["b"],), (None,))))
+    base, a = (Weight((p[name],), (None,)) for name in ("w", "a"))
+    return Product(AdaptedWeight(base, a, rows, p["factor"], p["bias"]))(p["x"])
+
+
 def settings(p: dict[str, Tensor]):
     known = sampler_tensors([MiMoSampler(True, 0.9, 5, 0.9)] * ROWS)
     return replace(known, **{name: p[name] for name in ("temperature", "top_k", "tail", "greedy")})
@@ -214,6 +222,11 @@ def cases() -> dict[str, Case]:
             text,
             sampler_parts()
             | {"logits": normal(ROWS, 7), "banned": torch.zeros(ROWS, 7, dtype=torch.bool)},
+        ),
+        "adapted": Case(
+            adapted,
+            {"x": normal(ROWS, DIM), "w": normal(40, DIM), "a": normal(8, DIM), "b": normal(24, 8)}
+            | {"factor": normal(40), "bias": normal(40)},
         ),
         **{f"product {kind}": product_case(kind) for kind in ("int4", "int4-sym", "int8-g128")},
     }

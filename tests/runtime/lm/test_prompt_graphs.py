@@ -226,7 +226,7 @@ def test_a_prompt_is_two_launches(model, groups, monkeypatch):
     counted.owns(*tensors_of(state))
     graphs = Graphs(model.lm, state, counted.unwatched, prompts=True)
     bucket = graphs.bucket_of(groups)
-    counted.owns(graphs._prompt(1, bucket).inputs)
+    counted.owns(graphs._prompt(0, 1, bucket).inputs)
     ids = random_prompt(model.lm.config, model.lm.empty_id, groups)
     with counted:
         graphs.prefill(ids, 0)
@@ -247,7 +247,7 @@ def test_what_is_over_budget_is_captured_at_its_first_use(model, monkeypatch, na
     monkeypatch.setattr(Graphs, "_reserved", lambda graphs: 3 * 10**8 * capture.captures)
     graphs = Graphs(model.lm, state, capture, prompts=True)
     graphs.warmup(progress=False)
-    assert sorted(graphs._prompts) == [(1, 128), (1, 256)][:captured]
+    assert sorted(graphs._prompts) == [(0, 1, 128), (0, 1, 256)][:captured]
     assert capture.captures == 2 * len(graphs.buckets) + captured
     graphs.prefill(random_prompt(model.lm.config, model.lm.empty_id, 40), 0)
     assert capture.captures == 2 * len(graphs.buckets) + captured + 1
