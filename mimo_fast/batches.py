@@ -46,7 +46,7 @@ RECORD = "results.jsonl"
 TRANSCRIBE = "transcribe"
 """Besides the tasks of `MimoAudio.stream`: recordings of any length, as `MimoAudio.transcript`."""
 
-TRANSCRIBE_OPTIONS = frozenset({"template", "max_new_tokens", "language"})
+TRANSCRIBE_OPTIONS = frozenset({"template", "max_new_tokens", "language", "adapter"})
 
 MOST_SEED = 2**63
 
