@@ -26,7 +26,7 @@ from mimo_fast.server.audio import FORMS, decode
 from mimo_fast.server.checks import Json, one_of, refusal
 from mimo_fast.server.checks import text as checked_text
 from mimo_fast.server.errors import ApiError
-from mimo_fast.server.models import check_model
+from mimo_fast.server.models import find_model
 from mimo_fast.server.requests import (
     FIELD,
     FIELDS,
@@ -99,6 +99,7 @@ async def conversions(request: Request) -> Response:
         raise ApiError(problem, 400, "unsupported_value")
     form = await _form(request)
     try:
+        service = find_model(service, form.get("model", service.name))
         asked = await _read(request, service, form)
     finally:
         for _, each in form.multi_items():
@@ -129,6 +130,7 @@ def _converted(service: Service, asked: Asked) -> Stream[Chunk]:
             asked.recording,
             seed=asked.seed,
             max_new_tokens=LEAST_GROUPS + TIMES * -(-longest // group),
+            adapter=service.adapter,
         )
 
     return service.worker.stream(start, seconds=heard)
@@ -184,7 +186,6 @@ async def _read(request: Request, service: Service, form: FormData) -> Asked:
         ApiError: one of them is wrong.
     """
     settings = request.app.state.settings
-    check_model(service, form.get("model", service.name))
     instruction = checked_text(form.get("instruction"), "instruction", settings.max_text_chars)
     if not instruction.strip():
         raise refusal("instruction is empty", "instruction")
