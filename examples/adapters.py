@@ -1,10 +1,11 @@
-"""A fine-tune's adapter, as PEFT saved it: merged while loading, or into a checkpoint of its own.
+"""A fine-tune's adapter, as PEFT saved it: beside the model, or merged into a new checkpoint.
 
     python examples/adapters.py MODEL ADAPTER [--codec DIR] [--text TEXT] [--target DIR]
 
 MODEL is the directory or the hub id of the language model that ADAPTER was trained on; LoRA, DoRA
-and saved modules are merged. TARGET is a checkpoint like any other: `mimo_fast.load(TARGET)`. Where
-upstream's model and PEFT are in memory already, `peft_model.merge_and_unload()` and then
+and saved modules are taken. The question is answered with the adapter and without it: a request
+chooses. TARGET is a checkpoint like any other, with the adapter merged: `mimo_fast.load(TARGET)`.
+Where upstream's model and PEFT are in memory already, `peft_model.merge_and_unload()` and then
 `mimo_fast.accelerate(model)` do the same.
 """
 
@@ -25,9 +26,11 @@ def main() -> None:
     parser.add_argument("--text", default="What is three plus four?", help="what to ask")
     parser.add_argument("--target", type=Path, help="new directory for the merged checkpoint")
     args = parser.parse_args()
-    named = {args.adapter.name: args.adapter}
-    with mimo_fast.load(args.model, args.codec, adapters=named) as model:
-        print(model.text_dialogue_sft(args.text, seed=0, max_new_tokens=64))
+    named = {"tuned": args.adapter}
+    with mimo_fast.load(args.model, args.codec, adapters=named, merge_adapters=False) as model:
+        for adapter in (None, "tuned"):
+            said = model.text_dialogue_sft(args.text, seed=0, max_new_tokens=64, adapter=adapter)
+            print(f"{adapter or 'as it is'}: {said}")
     if args.target:
         source = find_checkpoint(resolve_pair(args.model, args.codec)[0])
         changed = merge_adapter(source, args.adapter, args.target)

@@ -51,9 +51,9 @@ TRANSCRIBE = "transcribe"
 CONVERT = "convert"
 """Recordings converted by the same examples, as `MimoAudio.converter`."""
 
-CONVERT_OPTIONS = frozenset({"examples", "instruction", "max_new_tokens", "priority"})
+CONVERT_OPTIONS = frozenset({"examples", "instruction", "adapter", "max_new_tokens", "priority"})
 
-TRANSCRIBE_OPTIONS = frozenset({"template", "max_new_tokens", "language"})
+TRANSCRIBE_OPTIONS = frozenset({"template", "max_new_tokens", "language", "adapter"})
 
 MOST_SEED = 2**63
 
@@ -142,9 +142,10 @@ def batch(
     if task == CONVERT:
         if "examples" not in options:
             raise TypeError("batch('convert') needs examples")
-        given, instruction = options.pop("examples"), options.pop("instruction", None)
-        ready = isinstance(given, Converter) and instruction is None
-        options["converter"] = given if ready else model.converter(given, instruction)
+        given = options.pop("examples")
+        how = options.pop("instruction", None), options.pop("adapter", None)
+        ready = isinstance(given, Converter) and how == (None, None)
+        options["converter"] = given if ready else model.converter(given, *how)
     record: _Record | None = None
     if folder is not None and task == TRANSCRIBE:
         record = _Transcripts(Path(folder), suffix or ".txt", wanted)

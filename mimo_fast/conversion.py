@@ -45,6 +45,7 @@ def convert(
     output: str | os.PathLike[str] | BinaryIO | None = None,
     seed: int | None = None,
     max_new_tokens: int | None = None,
+    adapter: str | None = None,
 ) -> Conversion:
     """Converts a recording of at most 30 s as examples show it: its voice, emotion, style, speed,
     language, or the noise in it.
@@ -54,7 +55,7 @@ def convert(
 
     Args:
         audio: anything that `load_audio` reads.
-        examples, instruction: as of `MimoAudio.converter`.
+        examples, instruction, adapter: as of `MimoAudio.converter`.
         output: gets the audio; a path's suffix chooses the format, see `save_wav`.
         max_new_tokens: groups of 160 ms; by default what the recordings suggest, see
             `Converter.stream`.
@@ -68,7 +69,7 @@ def convert(
     if output is not None:
         check_output(output)
     words, parts = list[str](), list[Tensor]()
-    converter = model.converter(examples, instruction)
+    converter = model.converter(examples, instruction, adapter)
     with closing(converter.stream(audio, seed, max_new_tokens)) as chunks:
         for chunk in chunks:
             words.append(chunk.text)

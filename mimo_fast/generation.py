@@ -37,6 +37,7 @@ def generate(
     max_new_tokens: int | None = None,
     min_new_tokens: int = 0,
     seed: Seed = None,
+    adapter: str | Sequence[str | None] | None = None,
 ) -> Any:
     """Continues prompts group by group (upstream `MiMoAudioForCausalLM.generate`).
 
@@ -56,6 +57,8 @@ def generate(
             max_position_embeddings.
         seed: one for all rows, or one for each; None draws one a row from torch's global generator
             (`torch.manual_seed`). A row's tokens depend only on its own seed.
+        adapter: of those that the model was loaded with, one for all rows, or one for each; None
+            for the model itself.
 
     Returns:
         Ids in the layout, dtype and device of input_ids, prompt included. On generated groups
@@ -64,6 +67,7 @@ def generate(
 
     Raises:
         PromptError: ids of a wrong layout or out of range, or a prompt that leaves no room.
+        ValueError: the model was not loaded with an adapter.
         NumericError: the model's values are not finite.
     """
     lm = language_model(model)
@@ -73,6 +77,7 @@ def generate(
     context = min(lm.config.max_positions, engine.capacity if engine else lm.config.max_positions)
     sizes = [prompt.shape[1] // lm.config.group_size for prompt in batch.prompts]
     limits, rows = [options.limits(size, context) for size in sizes], len(sizes)
+    adapters = _row_adapters(lm, adapter, rows)
     methods = (getattr(streamer, name, None) for name in ("put", "end"))
     if streamer is not None and not all(map(callable, methods)):
         raise TypeError(f"a streamer has put() and end(), as a {type(streamer).__name__} has not")
@@ -89,8 +94,9 @@ def generate(
     grown = [[prompt] for prompt in batch.prompts]
     # Rows of a batch are read one after the other, so none may pause until it is read.
     ahead, replies = None if rows > 1 else 1, []
-    for parts, limit, row_seed in zip(grown, limits, row_seeds(seed, rows), strict=True):
-        sequence = engine.sequence(row_seed)
+    how_drawn = zip(row_seeds(seed, rows), adapters, strict=True)
+    for parts, limit, drawn in zip(grown, limits, how_drawn, strict=True):
+        sequence = engine.sequence(*drawn)
         sequence.ids = parts[0]
         hook = _stop_hook(options.callables, parts)
         how = hook, ahead, False, Priority.BATCH
@@ -167,6 +173,18 @@ def language_model(model: Any) -> LM:
         f"cannot generate with a {type(model).__name__}; load one with mimo_fast.load(lm, codec), "
         "or pass an upstream model through mimo_fast.accelerate(model) first"
     )
+
+
+def _row_adapters(
+    lm: LM, adapter: str | Sequence[str | None] | None, rows: int
+) -> list[str | None]:
+    """One adapter a row, each of which the model has."""
+    found = [adapter] * rows if isinstance(adapter, str | None) else [*adapter]
+    if len(found) != rows:
+        raise ValueError(f"{len(found)} adapters for {rows} prompts; give one, or one a prompt")
+    for each in found:
+        lm.place_of(each)
+    return found
 
 
 def flatten_ids(ids: Tensor) -> Tensor:

@@ -68,11 +68,15 @@ class History:
         add_history: bool,
         seed: int | None,
         start: Callable[[TokenSequence], Reply],
+        adapter: str | None = None,
     ) -> Reply:
         """Adds a prompt [C + 1, T G] to the last sequence or, without add_history, to a new one.
 
         seed: of the draws from here on. Without one they go on from the last seed that was given,
         or begin with a fresh one, which may have been drawn ahead.
+
+        adapter: that this turn is computed with. Where it is another one than the last turn's, all
+        of the history is prefilled again.
 
         Returns:
             What `start` returns for that sequence.
@@ -87,7 +91,7 @@ class History:
         if not groups:
             raise PromptError("the prompt is empty")
         given = seed is not None and not isinstance(seed, DrawnSeed)
-        seed = None if seed is None else check_seed(seed)
+        seed, place = None if seed is None else check_seed(seed), pipeline.lm.place_of(adapter)
         with self._lock:
             continued = add_history and self.sequence is not None
             if self.sequence is not None and add_history:
@@ -96,11 +100,13 @@ class History:
                 if (running := self._running()) is not None:
                     running.close()
                 pipeline.engine.release(self.sequence)
+                if self.sequence.adapter != place:
+                    self.sequence = self.sequence.fork(place)
             else:
                 pipeline.engine.check_room(groups)
                 # The old cache is freed before a new one is allocated.
                 self.clear()
-                self.sequence, self._seeded = pipeline.sequence(seed), given
+                self.sequence, self._seeded = pipeline.sequence(seed, adapter), given
             sequence = self.sequence
             before = sequence.ids, sequence.cached
             self._before = before if add_history else None

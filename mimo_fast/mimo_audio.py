@@ -72,7 +72,7 @@ View = TypeVar("View")
 
 STREAM_OPTIONS = frozenset(
     {"add_history", "lookahead", "max_new_tokens", "min_new_tokens", "seed", "special_tokens"}
-    | {"split", "priority"}
+    | {"split", "priority", "adapter"}
 )
 """Arguments of `MimoAudio.stream` besides those of the task."""
 
@@ -86,12 +86,16 @@ class Options(TypedDict, total=False):
 
     special_tokens: special tokens in the texts of a prompt are tokens, and those in the text of the
     reply are shown, as upstream does. By default a text is text.
+
+    adapter: that the reply is computed with, of those that the model was loaded with and that were
+    not merged (`adapters`); None for the model itself.
     """
 
     seed: int | None
     max_new_tokens: int | None
     min_new_tokens: int
     special_tokens: bool
+    adapter: str | None
 
 
 def _refuse_unknown(task: str, given: Iterable[str]) -> None:
@@ -271,6 +275,11 @@ class MimoAudio:
         self.pipeline = replace(self.pipeline, tokenizer=CallableTokenizer.of(tokenizer))
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that a request may choose."""
+        return self.lm.adapters
+
+    @property
     def engine(self) -> Engine:
         """The engine of every stream and session of this language model."""
         return self.pipeline.engine
@@ -382,10 +391,12 @@ class MimoAudio:
         voice: Audio | None = None,
         seed: int | None = None,
         special_tokens: bool = False,
+        adapter: str | None = None,
     ) -> Session:
         """A spoken dialogue that keeps its cache between turns and can be interrupted."""
         samplers = self._samplers("spoken_dialogue")
-        return Session(self.pipeline, system_prompt, voice, seed, samplers, special_tokens)
+        how = seed, samplers, special_tokens, adapter
+        return Session(self.pipeline, system_prompt, voice, *how)
 
     def restore_session(self, path: PathLike) -> Session:
         """Reads a dialogue that `Session.save` wrote, with its cache; see `Session.restore`."""
@@ -395,6 +406,7 @@ class MimoAudio:
         self,
         examples: Iterable[Any] | str | os.PathLike[str] | ExampleSet,
         instruction: str | None = None,
+        adapter: str | None = None,
     ) -> Converter:
         """Speech to speech by example, for several recordings: the examples are computed once.
 
@@ -404,6 +416,7 @@ class MimoAudio:
                 are transcribed.
             instruction: what they show, in words or by one of the names "voice", "emotion",
                 "style", "speed", "denoise" and "translation"; None for the set's or "voice".
+            adapter: that converts, see `load`; words that are missing the model itself hears.
 
         Raises:
             AudioError, ConfigError, PromptError: an example cannot be used; the message names it.
@@ -411,11 +424,11 @@ class MimoAudio:
         read = read_examples(examples)
         chosen = read.instruction if instruction is None else instruction
         read = replace(read, instruction=chosen)
-        return Converter(self.pipeline, read, self._samplers(TASKS[BY_EXAMPLE].sampler))
+        return Converter(self.pipeline, read, self._samplers(TASKS[BY_EXAMPLE].sampler), adapter)
 
-    def conversation(self, seed: int | None = None) -> TokenSequence:
+    def conversation(self, seed: int | None = None, adapter: str | None = None) -> TokenSequence:
         """An empty sequence for `decode`."""
-        return self.pipeline.sequence(seed)
+        return self.pipeline.sequence(seed, adapter)
 
     def decode(
         self,
@@ -445,6 +458,7 @@ class MimoAudio:
         task_name: str | None = None,
         seed: int | None = None,
         special_tokens: bool = False,
+        adapter: str | None = None,
     ) -> Any:
         """Replies to a prompt [C + 1, T G]: the text or, with return_audio, audio [1, 1, n].
 
@@ -459,7 +473,7 @@ class MimoAudio:
         """
         how = (return_audio, output_audio_path, stopping_criteria, min_new_tokens, max_new_tokens)
         prompt = PackedPrompt(input_ids)
-        return self._forward(prompt, *how, add_history, task_name, seed, special_tokens)
+        return self._forward(prompt, *how, add_history, task_name, seed, special_tokens, adapter)
 
     def _forward(
         self,
@@ -473,6 +487,7 @@ class MimoAudio:
         task_name: str | None = None,
         seed: int | None = None,
         special_tokens: bool = False,
+        adapter: str | None = None,
     ) -> Any:
         """`forward`, which knows more of a packed prompt's recordings."""
         input_ids = check_ids(prompt.settled(), self.lm.config)
@@ -490,7 +505,8 @@ class MimoAudio:
         limits = stop_ids, max_new_tokens, min_new_tokens
         # Of the tasks that think before they answer, one speaks.
         speaks = return_audio or not silent or task_name == TASKS["tts_sft"].sampler
-        with closing(self._start(prompt, task_name or "", *limits, add_history, seed)) as reply:
+        start = self._start(prompt, task_name or "", *limits, add_history, seed, adapter)
+        with closing(start) as reply:
             text, codes = self.pipeline.read(reply, input_ids, speaks, special_tokens)
         if silent and not return_audio:
             return text
@@ -531,6 +547,7 @@ class MimoAudio:
         split: bool = False,
         lookahead: Listening = "exact",
         priority: Literal["listener", "batch"] = "listener",
+        adapter: str | None = None,
         **task_arguments: Any,
     ) -> ChunkStream:
         """Yields a task's reply while it is decoded, one chunk a group.
@@ -538,7 +555,7 @@ class MimoAudio:
         task is upstream's method name, with or without `_sft` ("tts", "asr", ...); its arguments
         are those of `get_*_prompt`. Closing the iterator stops after the group in progress.
 
-        special_tokens: see `Options`.
+        special_tokens, adapter: see `Options`.
 
         split: with the task "tts", a text that is longer than the checkpoint says at once is said
         in pieces, in one voice where the checkpoint takes one, and comes as one stream. Limits hold
@@ -559,6 +576,7 @@ class MimoAudio:
         _refuse_unknown(task, task_arguments)
         given, named = check_call(spec.prompt, arguments, task_arguments, f"stream({task!r})")
         check_limits(max_new_tokens, min_new_tokens)
+        pipeline.lm.place_of(adapter)
         if split:
             if spec is not TASKS["tts_sft"] or add_history:
                 raise ValueError("split=True goes with the task 'tts', without add_history")
@@ -568,7 +586,9 @@ class MimoAudio:
                 def begin(ids: Tensor, most: int | None, least: int, follows: bool) -> Reply:
                     stops = spec.stop_ids(self.tokenizer.special)
                     limits = stops, most, least
-                    return self._start(ids, spec.sampler, *limits, False, seed, follows, rank)
+                    return self._start(
+                        ids, spec.sampler, *limits, False, seed, adapter, follows, rank
+                    )
 
                 context = pipeline.context(seed, False, special_tokens, gathers)
                 limits_of_all = max_new_tokens, min_new_tokens
@@ -580,7 +600,8 @@ class MimoAudio:
         segments = spec.prompt(context, *given, **named)
         prompt = pipeline.packed(segments, spec.sampler)
         limits = spec.stop_ids(self.tokenizer.special), max_new_tokens, min_new_tokens
-        reply = self._start(prompt, spec.sampler, *limits, add_history, seed, priority=rank)
+        how = add_history, seed, adapter
+        reply = self._start(prompt, spec.sampler, *limits, *how, priority=rank)
         voice = self._history.voice or Voice(voice_of(segments))
         chunks = pipeline.stream(
             reply, prompt.ids, began, spec.speaks, None, special_tokens, lookahead, voice
@@ -596,6 +617,7 @@ class MimoAudio:
         min_new_tokens: int,
         add_history: bool,
         seed: int | None,
+        adapter: str | None = None,
         follows: bool = False,
         priority: Priority = Priority.LISTENER,
     ) -> Reply:
@@ -614,6 +636,7 @@ class MimoAudio:
             lambda sequence: self.pipeline.start(
                 sequence, samplers, stop_ids, *limits, not follows, priority
             ),
+            adapter,
         )
         if not follows:
             try:
@@ -631,6 +654,7 @@ class MimoAudio:
         seed: int | None = None,
         max_new_tokens: int | None = None,
         language: str | None = None,
+        adapter: str | None = None,
     ) -> Transcript:
         """A recording of any length in words, with the times of what was said.
 
@@ -644,12 +668,14 @@ class MimoAudio:
             max_new_tokens: groups of each piece; by default what its seconds can hold.
             language: that is spoken, "en", "english", "zh" or "chinese", where the model has
                 language tags, as MiMo-V2.5-ASR does; None leaves it to the model.
+            adapter: see `Options`.
 
         Raises:
             AudioError: the audio cannot be read.
             PromptError: the model has no tag for the language.
+            ValueError: it was not loaded with the adapter.
         """
-        how = audio, template, seed, LONG_PAUSE, max_new_tokens, language
+        how = audio, template, seed, LONG_PAUSE, max_new_tokens, language, adapter
         return transcript_of(self.transcript(*how))
 
     def transcript(
@@ -660,13 +686,14 @@ class MimoAudio:
         waits: float = LONG_PAUSE,
         max_new_tokens: int | None = None,
         language: str | None = None,
+        adapter: str | None = None,
     ) -> TranscriptStream:
         """`transcribe` whose segments come as soon as they are known.
 
         waits: seconds of silence after which a piece is transcribed; less of it for live speech.
         """
         how = template, seed, waits, max_new_tokens
-        return TranscriptStream(self.pipeline, audio, *how, language=language)
+        return TranscriptStream(self.pipeline, audio, *how, language=language, adapter=adapter)
 
     def astream(self, task: str, *arguments: Any, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: everything runs in worker threads."""
@@ -690,6 +717,7 @@ class MimoAudio:
         if not _is_nowhere(output):
             check_output(output)
         check_limits(options.get("max_new_tokens"), options.get("min_new_tokens", 0))
+        self.lm.place_of(options.get("adapter"))
         written = options.get("special_tokens", False)
         context = self.pipeline.context(options.get("seed"), continued, written)
         ids = self.pipeline.packed(task.prompt(context, *arguments), task.sampler)
@@ -804,11 +832,12 @@ class MimoAudio:
         min_new_tokens: int = 0,
         seed: int | None = None,
         special_tokens: bool = False,
+        adapter: str | None = None,
     ) -> str:
         """Speech to speech by example; see `text.tasks.in_context_learning_s2s`."""
         arguments = [instruction, prompt_examples, audio]
         options = Options(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, seed=seed)
-        options["special_tokens"] = special_tokens
+        options |= Options(special_tokens=special_tokens, adapter=adapter)
         return self._run("in_context_learning_s2s", arguments, options, output_audio_path)
 
     def speech_continuation(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulated import SOURCES, compiled_once
-from helpers import KIT, KIT_PAIR, write_pair
+from helpers import KIT, KIT_PAIR, THREE, write_pair
 from replies import CAPACITY, GREEDILY, SAMPLED, Drawn, RequestSpec, drawn
 from safetensors.torch import load_file
 from variants import VARIANTS, Loaded
@@ -64,6 +64,12 @@ def golden(kit: Path) -> Golden:
 def model() -> mimo_fast.MimoAudio:
     """The kit's tiny checkpoint pair on the CPU, float32."""
     return mimo_fast.load(*KIT_PAIR, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tuned() -> mimo_fast.MimoAudio:
+    """The kit's pair with three adapters, of which each request chooses one or none."""
+    return mimo_fast.load(*KIT_PAIR, device="cpu", adapters=THREE, merge_adapters=False)
 
 
 @pytest.fixture

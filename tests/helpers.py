@@ -32,6 +32,9 @@ KIT_PAIR = (KIT / "checkpoint" / "lm", KIT / "checkpoint" / "codec")
 ADAPTERS = KIT / "adapters"
 """Adapters of the kit's language model, a folder each, and what it then says."""
 
+THREE = {kind: ADAPTERS / kind for kind in ("qkvo", "dora_rslora", "all_linear_saved")}
+"""LoRA, DoRA, and LoRA with saved modules: what requests choose from in tests."""
+
 PAIR = ["--model", str(KIT_PAIR[0]), "--codec", str(KIT_PAIR[1])]
 """The command line's options for the kit's checkpoints."""
 

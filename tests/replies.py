@@ -29,9 +29,10 @@ class RequestSpec:
     seed: int
     samplers: Samplers
     limits: Limits
+    adapter: str | None = None
 
     def start(self, engine: Engine, **options: Any) -> Reply:
-        sequence = engine.sequence(self.seed)
+        sequence = engine.sequence(self.seed, self.adapter)
         sequence.add(self.ids)
         return engine.start(sequence, self.limits, self.samplers, **options)
 

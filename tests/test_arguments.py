@@ -187,7 +187,7 @@ WRONG = {
         "MimoAudio.tts_sft: text must be a str, not a Tensor",
     ),
     "missing": (lambda m: m.asr_sft(), "MimoAudio.asr_sft: missing a required argument: 'audio'"),
-    "many": (lambda m: m.conversation(1, 2), "MimoAudio.conversation: too many positional"),
+    "many": (lambda m: m.conversation(1, "a", 2), "MimoAudio.conversation: too many positional"),
     "twice": (
         lambda m: m.conversation(1, seed=2),
         "MimoAudio.conversation: multiple values for argument 'seed'",

@@ -203,10 +203,14 @@ def test_an_adapter(run, tmp_path, capsys):
     run("adapters.py", KIT_PAIR[0], adapter, "--codec", KIT_PAIR[1], "--target", merged)
     said = capsys.readouterr().out
     assert f"wrote {merged}: 24 tensors are changed" in said
+    options = {"adapters": {"mine": adapter}, "merge_adapters": False}
+    asked = {"input_text": "What is three plus four?", "seed": 0, "max_new_tokens": 64}
+    with mimo_fast.load(*KIT_PAIR, **options) as model:
+        plain, tuned = (model.text_dialogue_sft(**asked, adapter=each) for each in (None, "mine"))
+    assert said.startswith(f"as it is: {plain}\ntuned: {tuned}\n")
+    assert plain != tuned
     with mimo_fast.load(merged, KIT_PAIR[1]) as model:
-        question = "What is three plus four?"
-        reply = model.text_dialogue_sft(question, seed=0, max_new_tokens=64)
-    assert said.startswith(f"{reply}\n")
+        assert model.text_dialogue_sft(**asked) not in ("", plain)
 
 
 def ask(url: str, data: bytes, kind: str = "application/json") -> tuple[int, bytes]:

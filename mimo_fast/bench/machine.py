@@ -97,14 +97,15 @@ def describe_checkpoint(
     hub: HubOptions,
     codec_rope: str | None = None,
     adapters: Mapping[str, PathLike] | None = None,
+    merge: bool | None = None,
 ) -> Iterator[str]:
     """Lines about a checkpoint ("lm" or "codec"): its parts, parameters and bytes.
 
-    Only headers and adapters are read. codec_rope, adapters: as in `LoadOptions`.
+    Only headers and adapters are read. codec_rope, adapters, merge: as in `LoadOptions`.
     """
     directory = find(source, hub)
     if kind == "lm":
-        config, weights, *_ = open_lm(directory, adapters)
+        config, weights, _, kept = open_lm(directory, adapters, merge)
         shapes = lm_shapes(config)
     else:
         codec_config, weights = open_codec(directory, codec_rope)
@@ -127,6 +128,8 @@ def describe_checkpoint(
         if isinstance(weights, AdaptedWeights):
             adapter = weights.adapter
             yield f"  adapter         {adapter.directory}, {adapter.description}"
+        for name, adapter in kept.items():
+            yield f"  adapter         {name}: {adapter.directory}, {adapter.description}"
         if held := len(config.adapters) - isinstance(weights, AdaptedWeights):
             yield f"  merged          adapters in the checkpoint's weights: {held}"
         yield (

@@ -82,10 +82,14 @@ class Target:
         steered: bool = False,
         **options: Unpack[LoadOptions],
     ) -> Target:
-        """A checkpoint pair from directories or hub ids; options and errors are `MimoAudio`'s."""
+        """A checkpoint pair from directories or hub ids; options and errors are `MimoAudio`'s.
+
+        With adapters that are not merged it is the model with the last one.
+        """
         options["max_batch"], options["max_seq_len"] = 1, 2
         model, audio, tokenizer, setup = load_parts(lm, codec, device, dtype, quantization, options)
-        return cls(ScheduledLM.of(model, LONGEST_REPLY), audio, tokenizer, setup, steered)
+        chosen = model.variant(len(model.adapters))
+        return cls(ScheduledLM.of(chosen, LONGEST_REPLY), audio, tokenizer, setup, steered)
 
     def sized(self, slots: int, capacity: int) -> Target:
         """The same weights with room for so many requests of so many groups.
@@ -167,7 +171,7 @@ def shortfall(
     Once loaded, the weights are already there.
     """
     free, parts = free_bytes(device), setup.bytes()
-    absent = {"weights", "codec"} if loaded else set() if with_codec else {"codec"}
+    absent = {"weights", "adapters", "codec"} if loaded else set() if with_codec else {"codec"}
     need = sum(size for name, size in parts.items() if name not in absent)
     if free is None or need <= free:
         return None

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,31 @@ PIPE_OUT = "give -o - and redirect standard output"
 def path(text: str) -> Path:
     """A path; `~` is expanded, also where a shell has not: in --voice=~/me.wav."""
     return Path(os.path.expanduser(text))
+
+
+NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})=(.+)", re.DOTALL)
+"""An adapter with the name by which requests choose it; a folder with `=` in it begins with ./."""
+
+
+def read_adapters(given: Sequence[str]) -> tuple[dict[str, Path], bool]:
+    """Folders of adapters by their names, and whether it is one that all requests have.
+
+    Raises:
+        ValueError: one has no name beside others, or two have the same.
+    """
+    if len(given) == 1 and NAMED.fullmatch(given[0]) is None:
+        folder = path(given[0])
+        return {folder.resolve().name: folder}, True
+    found = dict[str, Path]()
+    for text in given:
+        named = NAMED.fullmatch(text)
+        if named is None:
+            raise ValueError(f"{text!r:.80} needs a name beside others: give NAME=DIR for each")
+        name, folder = named[1], path(named[2])
+        if name in found:
+            raise ValueError(f"two adapters are called {name}")
+        found[name] = folder
+    return found, False
 
 
 def positive(text: str) -> int:
@@ -84,8 +111,14 @@ def check_arguments(args: argparse.Namespace) -> None:
                 args.parser.error(f"the {name} is not valid UTF-8: {text!a:.80}")
     for name in ("model", "codec", "adapter", "checkpoint", "source", "target", "directory"):
         # The libraries that read and write weights take no other names.
-        if not _is_text(folder := str(getattr(args, name, None))):
-            args.parser.error(f"{folder!a} is not valid UTF-8: rename the folder")
+        for folder in map(str, _several(getattr(args, name, None))):
+            if not _is_text(folder):
+                args.parser.error(f"{folder!a} is not valid UTF-8: rename the folder")
+    if isinstance(adapters := getattr(args, "adapter", None), list):
+        try:
+            read_adapters(adapters)
+        except ValueError as error:
+            args.parser.error(f"argument --adapter: {error}")
     inputs = _inputs(args)
     if args.module == "asr":
         _check_transcripts(args)

@@ -17,7 +17,7 @@ from mimo_fast.audio.files import check_audio
 from mimo_fast.audio.paths import name_of, soundfile_library, write_whole
 from mimo_fast.batches import TRANSCRIBE, batch
 from mimo_fast.cli.arguments import STANDARD
-from mimo_fast.cli.common import SAMPLE_RATE, load_model, load_recording, print_text
+from mimo_fast.cli.common import SAMPLE_RATE, drawn, load_model, load_recording, print_text
 from mimo_fast.cli.microphone import microphone
 from mimo_fast.cli.process import written
 from mimo_fast.cli.reports import report, say
@@ -76,15 +76,14 @@ def _transcribe_all(args: argparse.Namespace, waiting: list[Path], failed: int) 
                 _spool(file)
             files.append(file)
         model = load_model(args, max_batch=args.streams)
-        limits = {"max_new_tokens": args.max_tokens, "language": args.language}
-        where = args.output, args.seed, SUFFIXES[args.format]
-        folder, seed, suffix = where if args.targets else (None, args.seed, None)
         # What is there already is not among them.
-        options = {"folder": folder, "seed": seed, "suffix": suffix, "overwrite": True}
+        options = drawn(model, args) | {"language": args.language, "overwrite": True}
+        if args.targets:
+            options |= {"folder": args.output, "suffix": SUFFIXES[args.format]}
         said = _InOrder(len(waiting))
         # An interrupt, too, prints what is known.
         stack.callback(said.rest)
-        for result in batch(model, TRANSCRIBE, files, **options, **limits):
+        for result in batch(model, TRANSCRIBE, files, **options):
             path, found = waiting[result.index], result.transcript
             lines = list[str]()
             if result.error is not None or found is None:
@@ -151,16 +150,16 @@ def _is_there(args: argparse.Namespace, target: Path) -> bool:
 def _transcribe(
     model: MimoAudio, args: argparse.Namespace, path: Path, recording: Recording
 ) -> None:
-    limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}
+    options = drawn(model, args)
     if isinstance(recording, Tensor):
         prefix = f"{name_of(path)}: " if len(args.audio) > 1 else ""
         tag = model.lm.config.architecture.tag_of(args.language)
-        print_text(model, args, model.stream("asr", recording, tag, **limits), prefix)
+        print_text(model, args, model.stream("asr", recording, tag, **options), prefix)
         return
     target: Path | None = args.targets.get(path)
     shows = target is None and args.format == "text"
     with _progress(_seconds(recording), shows) as bar:
-        stream = model.transcript(recording, language=args.language, **limits)
+        stream = model.transcript(recording, language=args.language, **options)
         segments = list[TranscriptSegment]()
         with closing(stream):
             for segment in _printed(stream) if shows else stream:
@@ -269,8 +268,8 @@ def _listen(args: argparse.Namespace) -> int:
         # What is said meanwhile is kept.
         model = load_model(args, max_batch=1)
         say("listening; Ctrl-C ends it")
-        how = {"waits": LIVE_WAIT, "max_new_tokens": args.max_tokens, "language": args.language}
-        stream = model.transcript(blocks, seed=args.seed, **how)
+        how = drawn(model, args) | {"waits": LIVE_WAIT, "language": args.language}
+        stream = model.transcript(blocks, **how)
         segments = list[TranscriptSegment]()
         with closing(stream):
             for segment in stream:

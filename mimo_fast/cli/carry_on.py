@@ -3,6 +3,7 @@
 import argparse
 
 from mimo_fast.cli.common import (
+    drawn,
     load_model,
     load_recording,
     lookahead_of,
@@ -15,13 +16,8 @@ def run(args: argparse.Namespace) -> int:
     lookahead = lookahead_of(args)
     wav = load_recording(args.audio, args.prepare)
     model = load_model(args)
-    chunks = model.stream(
-        "speech_continuation",
-        wav,
-        seed=args.seed,
-        max_new_tokens=args.max_tokens,
-        lookahead=lookahead,
-    )
+    options = drawn(model, args) | {"lookahead": lookahead}
+    chunks = model.stream("speech_continuation", wav, **options)
     before = wav if args.join else None
     write_speech(model, args, chunks, speech_output(args.output), before)
     return 0

@@ -6,6 +6,8 @@ from pathlib import Path
 from mimo_fast.cli.arguments import numbered
 from mimo_fast.cli.common import (
     LiveAudio,
+    adapter_of,
+    drawn,
     load_model,
     load_recording,
     lookahead_of,
@@ -27,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     turns = [load_recording(turn, args.prepare) for turn in args.turns]
     voice = load_recording(args.voice, args.prepare) if args.voice else None
     model = load_model(args)
-    session = model.session(args.system, voice, args.seed)
+    session = model.session(args.system, voice, args.seed, adapter=adapter_of(model, args))
     # On standard output the replies follow one another in one WAV.
     whole = speech_output(args.output)
     outputs: list[Path | LiveAudio] = [whole] * len(turns)
@@ -47,8 +49,8 @@ def _chat_in_text(args: argparse.Namespace) -> int:
     messages = []
     for turn in args.turns:
         messages.append({"role": "user", "content": turn})
-        limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}
-        chunks = model.stream("text_dialogue_multiturn", messages, args.thinking, **limits)
+        options = drawn(model, args)
+        chunks = model.stream("text_dialogue_multiturn", messages, args.thinking, **options)
         said = print_text(model, args, chunks)
         if args.thinking:
             # As text of a later turn, what it thought would not end.

@@ -18,7 +18,7 @@ from mimo_fast.audio.segments import prepare_speech
 from mimo_fast.audio.writing import pcm16, save_wav, wav_header
 from mimo_fast.bench.machine import useful_threads
 from mimo_fast.checkpoint.embedded import CARD, NANO, PUBLISHED_CODEC, resolve_pair
-from mimo_fast.cli.arguments import STANDARD
+from mimo_fast.cli.arguments import STANDARD, read_adapters
 from mimo_fast.cli.playing import Aloud
 from mimo_fast.cli.process import StandardStream, written
 from mimo_fast.cli.reports import say
@@ -38,19 +38,39 @@ WORDS_NAMED = 8
 """Number of words that a warning names."""
 
 
-def adapters_of(args: argparse.Namespace) -> dict[str, PathLike] | None:
-    """The adapter of the options by the name of its folder; None without one."""
-    return None if args.adapter is None else {args.adapter.resolve().name: args.adapter}
+def adapters_of(args: argparse.Namespace) -> tuple[dict[str, PathLike] | None, bool | None]:
+    """`adapters` and `merge_adapters` of `LoadOptions`.
+
+    One that has no name has that of its folder, and is for all requests: merged where it can be.
+    Those that have names are for requests that choose them.
+    """
+    given = args.adapter if isinstance(args.adapter, list) else [args.adapter]
+    found, alone = read_adapters([str(each) for each in given if each is not None])
+    return {**found} or None, None if alone or not found else False
+
+
+def adapter_of(model: MimoAudio, args: argparse.Namespace) -> str | None:
+    """The adapter that all requests choose: the one of --adapter DIR, where it is not merged."""
+    _, merge = adapters_of(args)
+    return next(iter(model.adapters), None) if merge is None else None
+
+
+def drawn(model: MimoAudio, args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a task that every command has."""
+    limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}
+    return limits | {"adapter": adapter_of(model, args)}
 
 
 def load_options(args: argparse.Namespace, max_batch: int | None = 1) -> LoadOptions:
     """Options on where a model is found and how much memory it may take."""
+    adapters, merge = adapters_of(args)
     return {
         "revision": args.revision,
         "codec_revision": args.codec_revision,
         "cache_dir": args.cache_dir,
         "local_files_only": args.offline,
-        "adapters": adapters_of(args),
+        "adapters": adapters,
+        "merge_adapters": merge,
         "codec_rope": args.codec_rope,
         "max_batch": max_batch,
         "max_seq_len": args.max_seq_len,
@@ -86,8 +106,7 @@ def load_model(
     """
     device, (lm, codec) = find_device(args.device), find_pair(args)
     if Path(lm).parent != NANO:
-        merged = f", with {args.adapter} merged" if args.adapter else ""
-        say(f"loading {lm} and {codec}{merged}")
+        say(f"loading {lm} and {codec}")
     options, chosen = load_options(args, max_batch), quantization or args.quantization
     # Before its weights are read.
     config = open_lm(find(lm, options))[0]
@@ -97,6 +116,8 @@ def load_model(
     model = MimoAudio(lm, codec, device, dtype=args.dtype, quantization=chosen, **options)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(model.lm.config))
+    for name, folder in (options["adapters"] or {}).items():
+        say(f"with {folder} {'beside the weights' if name in model.adapters else 'merged'}")
     if beyond := untrained(model.lm.config, args):
         say(f"warning: this model was not trained for {beyond}: do not rely on its reply")
     return model

@@ -17,6 +17,7 @@ from mimo_fast.bench.machine import describe_machine
 from mimo_fast.checkpoint.embedded import QUESTION
 from mimo_fast.cli.arguments import DEMO_FILES
 from mimo_fast.cli.common import (
+    adapter_of,
     load_model,
     load_recording,
     save_speech,
@@ -65,16 +66,19 @@ def _talk(
     """Runs every stage and adds its rows -> texts by what they are, waveforms [n] by file name."""
     seed, limit, rate = args.seed or 0, args.max_tokens, model.codec.sample_rate
     seconds = len(wav) / rate
-    saying = model.stream("tts", args.text, seed=seed, max_new_tokens=limit)
+    adapter = adapter_of(model, args)
+    how: dict[str, Any] = {"seed": seed, "max_new_tokens": limit, "adapter": adapter}
+    saying = model.stream("tts", args.text, **how)
     follow = partial(_follow, table, partial(warn_if_cut, model, args))
     said, spoken = follow("say", saying)
     codes, encoding = _timed(lambda: model.codec.encode(wav, model.audio_channels))
     table.row(f"encode to {len(codes)} x {codes.shape[1]} codes", encoding, seconds)
     decoded, decoding = _timed(lambda: model.codec.decode(codes).cpu())
     table.row("decode them again", decoding, len(decoded) / rate)
-    hearing = model.stream("asr", wav, seed=seed, max_new_tokens=limit)
+    hearing = model.stream("asr", wav, **how)
     heard, _ = follow("transcribe", hearing, seconds, speaks=False)
-    answered, reply = follow("answer", model.session(seed=seed).stream(wav, limit), seconds)
+    answering = model.session(seed=seed, adapter=adapter).stream(wav, limit)
+    answered, reply = follow("answer", answering, seconds)
     texts = {"said": said, "heard": heard, "answered": answered}
     return texts, dict(zip(DEMO_FILES, (spoken, decoded, reply), strict=True))
 

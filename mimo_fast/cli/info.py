@@ -19,7 +19,6 @@ def run(args: argparse.Namespace) -> int:
         # Only one was named: its published counterpart is not described.
         if named or not alone:
             hub["revision"] = args.revision if kind == "lm" else args.codec_revision
-            adapters = adapters_of(args)
-            for line in describe_checkpoint(source, kind, hub, args.codec_rope, adapters):
+            for line in describe_checkpoint(source, kind, hub, args.codec_rope, *adapters_of(args)):
                 print(line)
     return 0

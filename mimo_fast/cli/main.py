@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mimo_fast import __version__
 from mimo_fast.audio.paths import FORMATS
@@ -39,6 +39,9 @@ from mimo_fast.config import OFFLOADABLE, ROPE_FREQUENCIES
 from mimo_fast.text.transcript import SUFFIXES
 
 EMBEDDED = "nano, inside the package"
+SEVERAL_ADAPTERS = ("serve", "info")
+"""Commands in which requests may choose one of several adapters."""
+
 AUDIO_FILE = f"file ({', '.join(FORMATS)}), or - for standard output, a WAV as it is spoken"
 
 
@@ -101,6 +104,15 @@ def _end_interrupted(args: argparse.Namespace) -> int:
     return INTERRUPTED
 
 
+class Anew(argparse._AppendAction):
+    """Appends what is given to nothing, whatever the default is."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        if getattr(namespace, self.dest) is self.default:
+            setattr(namespace, self.dest, None)
+        super().__call__(parser, namespace, values, option)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
@@ -123,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands_.add_parser(name, help=help, description=help)
         sub.set_defaults(module=module or name, published=published, parser=sub, folder=None)
         if published is not None:
-            _add_model_options(sub, published, default)
+            _add_model_options(sub, published, default, several=name in SEVERAL_ADAPTERS)
         return sub
 
     tts = command("tts", "Say a text.")
@@ -361,7 +373,9 @@ def _add_merge_options(parser: argparse.ArgumentParser) -> None:
     _add_hub_options(parser)
 
 
-def _add_model_options(parser: argparse.ArgumentParser, published: str, default: str) -> None:
+def _add_model_options(
+    parser: argparse.ArgumentParser, published: str, default: str, several: bool
+) -> None:
     group = parser.add_argument_group(
         "model", f"one without the other goes with {published} or {PUBLISHED_CODEC}"
     )
@@ -372,7 +386,10 @@ def _add_model_options(parser: argparse.ArgumentParser, published: str, default:
         chosen = os.environ.get(variable) or None
         named = f"{what} [{chosen or default}]"
         group.add_argument(option, default=chosen, metavar="DIR|ID", help=named)
-    _add_adapter(group)
+    if several:
+        _add_adapters(group)
+    else:
+        _add_adapter(group)
     _add_hub_options(group)
     group.add_argument("--codec-revision", help="of the codec, on the hub")
     _add_codec_rope(group)
@@ -403,6 +420,14 @@ def _add_adapter(group: argparse._ActionsContainer, required: bool = False) -> N
     group.add_argument(
         "--adapter", type=path, required=required, metavar="DIR", help=f"{what}{note}"
     )
+
+
+def _add_adapters(group: argparse._ActionsContainer) -> None:
+    what = (
+        "folder of a PEFT adapter: DIR is merged into the language model, while loading; NAME=DIR, "
+        "which may be given again, is for requests that choose it, as the model MODEL:NAME [none]"
+    )
+    group.add_argument("--adapter", action=Anew, metavar="[NAME=]DIR", help=what)
 
 
 def _add_codec_rope(

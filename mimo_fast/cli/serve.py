@@ -5,7 +5,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mimo_fast.checkpoint.embedded import NAME, NANO, resolve_pair
-from mimo_fast.cli.common import load_model
+from mimo_fast.cli.common import adapter_of, adapters_of, load_model
 from mimo_fast.cli.reports import say
 from mimo_fast.cli.server_options import settings_of
 from mimo_fast.errors import ConfigError, MimoFastError
+from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.loading import find_device
 from mimo_fast.server.settings import Settings, is_loopback
 
@@ -41,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
         from mimo_fast.server.app import create_app
         from mimo_fast.server.logs import set_up_logs
         from mimo_fast.server.memory import settled
-        from mimo_fast.server.service import Service
         from mimo_fast.server.serving import Server, bind, check_certificate, listen, url_of
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mimo_fast"):
@@ -66,13 +66,13 @@ def run(args: argparse.Namespace) -> int:
         load = partial(load_model, args, max_batch=args.streams)
         with ended_by_sigterm():
             model = load()
-        service = Service(model, _name(args))
+        service = _service(args, model)
         try:
             set_up_logs(settings.log_level)
             app = create_app(service, settings, load)
             beside = make_wyoming(app, home) if make_wyoming is not None else None
             with settled():
-                announce = partial(_announce, url, service.name, settings)
+                announce = partial(_announce, url, _models(args), settings)
                 Server(app, settings, announce, beside).run([bound])
         finally:
             service.close()
@@ -119,20 +119,34 @@ def _serve_replicas(args: argparse.Namespace, settings: Settings) -> None:
     try:
         from mimo_fast.server.replicas.cluster import serve_replicas
 
-        gpus = settings.gpus_per_replica
+        models, gpus = _models(args), settings.gpus_per_replica
         if gpus < 0:
             gpus = 1.0 if find_device(args.device).type == "cuda" else 0.0
-        name = _name(args)
         # A parser is not for other processes.
         given = argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in LOCAL})
         load = partial(load_model, given, max_batch=args.streams)
-        serve_replicas(load, name, settings, gpus, lambda url: _announce(url, name, settings))
+        announce = partial(_announce, models=models, settings=settings)
+        serve_replicas(load, partial(_service, given), settings, gpus, announce)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "ray":
             raise
         raise MimoFastError(
             "--ray needs Ray Serve: install it with pip install 'mimo-fast[ray]'"
         ) from error
+
+
+def _service(args: argparse.Namespace, model: MimoAudio) -> Any:
+    """The service of a loaded model."""
+    from mimo_fast.server.service import Service
+
+    return Service(model, _name(args), adapter=adapter_of(model, args))
+
+
+def _models(args: argparse.Namespace) -> list[str]:
+    """What clients call the model, and the model with each adapter that they may choose."""
+    (adapters, merge), name = adapters_of(args), _name(args)
+    chosen = () if merge is None else adapters or ()
+    return [name, *(f"{name}:{adapter}" for adapter in chosen)]
 
 
 def _name(args: argparse.Namespace) -> str:
@@ -153,12 +167,13 @@ def _with_certificate(settings: Settings) -> Settings:
     return replace(settings, ssl_certfile=pair.file, ssl_keyfile=pair.file)
 
 
-def _announce(url: str, name: str, settings: Settings) -> None:
+def _announce(url: str, models: Sequence[str], settings: Settings) -> None:
     say(f"talk to it in a browser:  {url}/")
-    say(f"listening on {url} (OpenAI's API: {url}/v1, model {name}); Ctrl-C ends it")
+    named = f"model {models[0]}" if len(models) == 1 else f"models {', '.join(models)}"
+    say(f"listening on {url} (OpenAI's API: {url}/v1, {named}); Ctrl-C ends it")
     if settings.wyoming is not None:
         say(f"Home Assistant: Wyoming Protocol at {settings.wyoming}")
-    body = f'{{"model": "{name}", "voice": "alloy", "input": "good morning"}}'
+    body = f'{{"model": "{models[0]}", "voice": "alloy", "input": "good morning"}}'
     key = "" if settings.api_key is None else '-H "Authorization: Bearer $MIMO_FAST_API_KEY" '
     insecure = "" if settings.ssl_certfile is None else "-k "
     say(

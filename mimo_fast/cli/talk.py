@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mimo_fast.audio.paths import name_of
-from mimo_fast.cli.common import SAMPLE_RATE, load_model, load_recording
+from mimo_fast.cli.common import SAMPLE_RATE, adapter_of, load_model, load_recording
 from mimo_fast.cli.process import written
 from mimo_fast.cli.reports import say
 from mimo_fast.errors import MimoFastError
@@ -68,7 +68,8 @@ def _partner(args: argparse.Namespace, stack: ExitStack) -> Partner:
             raise
         fix = "pip install 'mimo-fast[talk]'"
         raise MimoFastError(f"talk needs the package {name}, which is missing: {fix}") from error
-    service = stack.enter_context(closing(Service(load_model(args, max_batch=ROWS), "talk")))
+    model = load_model(args, max_batch=ROWS)
+    service = stack.enter_context(closing(Service(model, "talk", adapter=adapter_of(model, args))))
     return LocalPartner(service, wishes)
 
 

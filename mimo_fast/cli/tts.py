@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from mimo_fast.batches import RECORD, batch
 from mimo_fast.cli.arguments import STANDARD
 from mimo_fast.cli.common import (
+    drawn,
     load_model,
     load_recording,
     lookahead_of,
@@ -39,10 +40,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.natural:
         warn_of_words(model, text)
     request = text, args.instruct, not args.natural, voice
-    limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}
-    limits["lookahead"] = lookahead
+    options = drawn(model, args) | {"lookahead": lookahead}
     # A style holds for a whole text.
-    chunks = model.stream("tts", *request, split=not (args.whole or args.natural), **limits)
+    chunks = model.stream("tts", *request, split=not (args.whole or args.natural), **options)
     output = None if args.output is None else speech_output(args.output)
     with aloud(model.codec.sample_rate, device) if args.play else nullcontext() as heard:
         write_speech(model, args, chunks, output, aloud=heard)
@@ -62,10 +62,10 @@ def _say_lines(args: argparse.Namespace) -> int:
         raise MimoFastError(f"{args.lines} holds no lines to say")
     model = load_model(args, max_batch=args.streams)
     warn_of_words(model, " ".join(lines))
-    options = {"instruct": args.instruct, "read_text_only": not args.natural}
-    options |= {"split": not (args.whole or args.natural), "max_new_tokens": args.max_tokens}
+    options = drawn(model, args) | {"instruct": args.instruct, "read_text_only": not args.natural}
+    options |= {"split": not (args.whole or args.natural)}
     said, failed = 0, 0
-    for result in batch(model, "tts", lines, args.output, seed=args.seed, **options):
+    for result in batch(model, "tts", lines, args.output, **options):
         if result.error is not None or result.file is None:
             failed += 1
             problem = result.error or "the model said nothing"

@@ -2,13 +2,12 @@
 
 import argparse
 
-from mimo_fast.cli.common import load_model, load_recording, print_text
+from mimo_fast.cli.common import drawn, load_model, load_recording, print_text
 
 
 def run(args: argparse.Namespace) -> int:
     wav = load_recording(args.audio, args.prepare)
     model = load_model(args)
     asked = wav, args.question, args.thinking
-    limits = {"seed": args.seed, "max_new_tokens": args.max_tokens}
-    print_text(model, args, model.stream("audio_understanding", *asked, **limits))
+    print_text(model, args, model.stream("audio_understanding", *asked, **drawn(model, args)))
     return 0

@@ -84,4 +84,5 @@ def confidence_of(lm: LM, reply: Reply) -> Confidence | None:
         return None
     begin, hearing = heard
     ids = reply.sequence.ids[:, begin * lm.config.group_size :]
-    return assess(hearing.calibration, *evidence(lm, ids, reply.taken), float(hearing.loss))
+    found = evidence(lm.variant(reply.sequence.adapter), ids, reply.taken)
+    return assess(hearing.calibration, *found, float(hearing.loss))

@@ -44,21 +44,30 @@ class Converter:
 
     The examples are encoded with the first recording, and their keys and values are kept in the
     tree of prefixes: every further recording is all that is encoded and prefilled for it. So it is
-    for other converters of the same pipeline with the same examples and instruction. Any thread
-    may call any method; several recordings at once are rows of one batch.
+    for other converters of the same pipeline with the same examples, instruction and adapter. Any
+    thread may call any method; several recordings at once are rows of one batch.
 
     Args:
         pipeline: language model, codec and engine.
         examples: at most 16, with their instruction: words, or a name, see `instruction_of`.
         samplers: of text and codes; None for the preset of the task.
+        adapter: of `LM.adapters`, that converts; None for the model itself, which is also what
+            hears words that are missing.
 
     Raises:
+        ValueError: the model was not loaded with the adapter.
         PromptError: the model does not know the task, or cannot hear the words that are missing.
     """
 
     def __init__(
-        self, pipeline: Pipeline, examples: ExampleSet, samplers: Samplers | None = None
+        self,
+        pipeline: Pipeline,
+        examples: ExampleSet,
+        samplers: Samplers | None = None,
+        adapter: str | None = None,
     ) -> None:
+        pipeline.lm.place_of(adapter)
+        self._adapter = adapter
         config = pipeline.lm.config
         config.architecture.check_task(NAME)
         check_words(config, examples)
@@ -119,7 +128,7 @@ class Converter:
         gathers = rank is Priority.BATCH
         speech = pipeline.speech_later(wav, prepared=True, gathers=gathers)
         prefix, rest = pipeline.ids(shown), pipeline.packed(done_likewise(speech), TASK.sampler)
-        sequence = pipeline.sequence(seed)
+        sequence = pipeline.sequence(seed, self._adapter)
         sequence.add(prefix)
         sequence.prefix_groups = sequence.groups
         sequence.add(rest)

@@ -156,6 +156,7 @@ def load_parts(
         converted=lm_dtype != stored_dtype,
         codec_converted=codec_dtype != codec_weights.dtype("encoder.conv1.weight"),
         merged=lm_weights.changed,
+        adapters=tuple(adapter.changes for adapter in opened.adapters.values()),
         graphs=graphs,
         prompt_graphs=captured,
         encoder_graphs=encodes,

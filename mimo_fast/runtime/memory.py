@@ -1,6 +1,7 @@
 """The memory plan: device memory that a model needs, from shapes alone, and settings that fit.
 
 weights  the language model in its formats, without text embeddings that stay in host memory
+adapters what requests choose from: factors, and tables and matrices of each adapter's own
 codec    encoder (unless in host memory), decoder, float32 codebooks; with graphs, the states of
          `max_batch` streams
 cache    KV cache of `max_batch` slots of `max_seq_len` positions, and the rest of the decode state
@@ -9,6 +10,7 @@ graphs   what captured prompts and encodes keep: the activations of the largest 
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +18,11 @@ from typing import Any
 
 import torch
 
+from mimo_fast.checkpoint.adapters import Change
 from mimo_fast.checkpoint.layout import Shapes, codec_shapes, lm_shapes
 from mimo_fast.config import OFFLOADABLE, CodecConfig, LMConfig
 from mimo_fast.errors import DeviceMemoryError
+from mimo_fast.kernels.matmul.adapted import RANKS
 from mimo_fast.kernels.matmul.launch import UNPACKED_AT_ONCE
 from mimo_fast.quantization.formats import Format, QuantizationConfig, stored_tensors
 from mimo_fast.runtime.codec.encoder_graphs import BUCKETS, longest_encode
@@ -38,6 +42,11 @@ CODEC_SECONDS = 60
 
 DEFAULT_BATCH = 4
 
+TABLES = re.compile(r"model\.embed_tokens\.|speech_embeddings\.|local_transformer_lm_heads\.")
+"""Tables that a variant has copies of, whatever an adapter changes of them."""
+
+STACKED = re.compile(r"(?<=\.)[qkv]_proj|(?<=\.)(gate|up)_proj")
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -52,6 +61,7 @@ class Setup:
         converted, codec_converted: Whether dense weights have another type there, and so are
             copied.
         merged: Names of tensors that an adapter changes: these are no longer the file's.
+        adapters: What each adapter changes that is not merged, by the names of tensors.
         graphs: Whether it decodes with CUDA graphs; the states of codec streams then stay
             allocated.
         prompt_graphs, encoder_graphs: Whether prompts, and encodes of recordings, are captured as
@@ -72,6 +82,7 @@ class Setup:
     converted: bool = False
     codec_converted: bool = False
     merged: frozenset[str] = frozenset()
+    adapters: tuple[Mapping[str, Change], ...] = ()
     graphs: bool = False
     prompt_graphs: bool = False
     encoder_graphs: bool = False
@@ -80,12 +91,10 @@ class Setup:
 
     def bytes(self) -> dict[str, int]:
         """Bytes on the device by purpose."""
-        parts = {
-            "weights": self._weights(),
-            "codec": self._codec(),
-            "cache": self._cache(),
-            "work": self._work(),
-        }
+        parts = {"weights": self._weights()}
+        if self.adapters:
+            parts["adapters"] = sum(map(self._adapter, self.adapters))
+        parts |= {"codec": self._codec(), "cache": self._cache(), "work": self._work()}
         return parts | ({"graphs": self._graphs()} if self.graphs else {})
 
     @property
@@ -97,6 +106,32 @@ class Setup:
         if "text_embeddings" in self.offload and not self.lm.tie_embeddings:
             del shapes["model.embed_tokens.weight"]
         return self._stored(shapes, self.formats, self.dtype, self.converted)
+
+    def _adapter(self, changes: Mapping[str, Change]) -> int:
+        """Bytes that an adapter has beside the weights, see `quantization/variants.py`."""
+        shapes, own, scaled, beside = lm_shapes(self.lm), set[str](), set[str](), 0
+        for name, change in changes.items():
+            table = TABLES.match(name)
+            if table is not None:
+                own |= {each for each in shapes if each.startswith(table[0])}
+            elif change.a is None or change.base is not None:
+                own |= {each for each in shapes if _stack(each) == _stack(name)}
+            else:
+                rows, columns = shapes[name]
+                rank = -(-len(change.a) // RANKS) * RANKS
+                beside += rank * (rows + columns) * self.dtype.itemsize
+                scaled |= set() if change.magnitude is None else {_stack(name)}
+        if "text_embeddings" in self.offload:
+            own.discard("model.embed_tokens.weight")
+        projected = ("speech_embeddings.", "speech_embeddings_to_local.")
+        encoder, decoder = self.lm.patch_encoder.dim, self.lm.patch_decoder.dim
+        if encoder != decoder and any(name.startswith(projected) for name in changes):
+            beside += sum(self.lm.code_sizes) * decoder * self.dtype.itemsize
+        # Factors of DoRA are those of a whole stack, in float32, and so are its biases.
+        rows = sum(shape[0] for name, shape in shapes.items() if _stack(name) in scaled)
+        beside += rows * (torch.float32.itemsize + self.dtype.itemsize)
+        stored = stored_tensors({name: shapes[name] for name in own}, self.formats, self.dtype)
+        return beside + sum(math.prod(shape) * kind.itemsize for shape, kind in stored.values())
 
     def _codec(self) -> int:
         shapes = codec_shapes(self.codec)
@@ -150,6 +185,11 @@ class Setup:
         if self.encoder_graphs and "codec_encoder" not in self.offload:
             total += encoder_graph_bytes(self.codec, self.codec_dtype)
         return total
+
+
+def _stack(name: str) -> str:
+    """The matrix that a tensor is part of: q, k and v are one, and so are gate and up."""
+    return STACKED.sub("", name)
 
 
 def prefill_bytes(config: LMConfig, dtype: torch.dtype, quantized: bool) -> int:

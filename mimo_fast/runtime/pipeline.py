@@ -399,9 +399,12 @@ class Pipeline(FreedWhenClosed):
         context = self.context(seed, continued, special_tokens)
         return self.ids(task.prompt(context, *arguments, **named))
 
-    def sequence(self, seed: int | None = None) -> TokenSequence:
-        """An empty sequence; without a seed its draws come from a fresh one, see `fresh_seed`."""
-        return self.engine.sequence(one_seed(seed))
+    def sequence(self, seed: int | None = None, adapter: str | None = None) -> TokenSequence:
+        """An empty sequence; without a seed its draws come from a fresh one, see `fresh_seed`.
+
+        adapter: as of `Engine.sequence`.
+        """
+        return self.engine.sequence(one_seed(seed), adapter)
 
     def samplers(self, preset: str) -> Samplers:
         """The samplers of a preset (`Task.sampler`); upstream's defaults if it does not exist."""

@@ -94,6 +94,7 @@ class Session:
         samplers: of text and codes; None for the preset of spoken dialogues.
         special_tokens: special tokens in the system prompt are tokens, and those of the reply are
             shown in its text, as upstream does.
+        adapter: that replies are computed with, of `LM.adapters`; None for the model itself.
     """
 
     def __init__(
@@ -104,12 +105,13 @@ class Session:
         seed: int | None = None,
         samplers: Samplers | None = None,
         special_tokens: bool = False,
+        adapter: str | None = None,
     ) -> None:
         pipeline.lm.config.architecture.check_task("spoken_dialogue_sft")
         self._pipeline, self._system_prompt = pipeline, system_prompt
         self._special_tokens = special_tokens
         self._samplers = samplers or pipeline.samplers(TASK.sampler)
-        self._sequence = pipeline.sequence(seed)
+        self._sequence = pipeline.sequence(seed, adapter)
         speech = None if voice is None else pipeline.speech(voice)
         self._sequence.add(pipeline.ids(voice_system(speech)))
         self._prefix_groups = self._sequence.prefix_groups = self._sequence.groups
@@ -421,11 +423,12 @@ class Session:
     def restore(
         cls, pipeline: Pipeline, path: str | Path, samplers: Samplers | None = None
     ) -> "Session":
-        """Reads a dialogue that `save` wrote, with its voice, draws and cache.
+        """Reads a dialogue that `save` wrote, with its adapter, voice, draws and cache.
 
         Raises:
             CheckpointError: the file is not a session, is damaged, contradicts itself, belongs to
-                another model, or is longer than this model's context.
+                another model or an adapter that it was not loaded with, or is longer than this
+                model's context.
         """
         saved = read_session(path, pipeline.engine)
         session = cls(pipeline, samplers=samplers)

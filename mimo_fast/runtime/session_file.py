@@ -38,8 +38,9 @@ INTEGERS |= {"opening": (0, 2**31)}
 """Smallest and largest value of the header's numbers."""
 
 FIELDS = {*INTEGERS, "model", "special_tokens", "system_prompt", "turns", "spoken", "heard"}
+FIELDS |= {"adapter"}
 
-LATER = {"special_tokens": False, "heard": None}
+LATER = {"special_tokens": False, "heard": None, "adapter": ""}
 """Fields that files of earlier versions lack, and what they mean there."""
 
 FIX = "save the dialogue again"
@@ -50,6 +51,7 @@ class SavedSession:
     """What a file holds, checked against the model that reads it.
 
     Attributes:
+        adapter: Place of its adapter in this model.
         seed, draws: Of the sequence.
         ids: [C + 1, T G].
         opening: Number of groups in front of the first turn.
@@ -61,6 +63,7 @@ class SavedSession:
 
     system_prompt: str | None
     special_tokens: bool
+    adapter: int
     seed: int
     draws: int
     opening: int
@@ -79,7 +82,7 @@ class SavedSession:
     def fill(self, sequence: TokenSequence) -> None:
         """Fills an empty sequence."""
         sequence.seed, sequence.draws, sequence.ids = self.seed, self.draws, self.ids
-        sequence.prefix_groups = self.opening
+        sequence.adapter, sequence.prefix_groups = self.adapter, self.opening
         if self.kept is not None:
             sequence.snapshot, sequence.cached = self.kept, self.kept.length
 
@@ -96,6 +99,7 @@ def write_session(
     kept = engine.export(sequence)
     header = about | {
         "model": engine.lm.fingerprint,
+        "adapter": engine.lm.adapter_digests[sequence.adapter],
         "seed": sequence.seed,
         "draws": sequence.draws,
         "cached": kept.length if kept else 0,
@@ -124,7 +128,8 @@ def read_session(path: str | Path, engine: Engine) -> SavedSession:
 
     Raises:
         CheckpointError: the file is not a session, is damaged, contradicts itself, belongs to
-            another model, or is longer than this model's context.
+            another model or an adapter that it was not loaded with, or is longer than this model's
+            context.
     """
     try:
         with open_safetensors(Path(path), FIX) as file:
@@ -157,6 +162,7 @@ class _Reader:
             raise CheckpointError(f"its header lacks or adds {shown(min(odd))}: {FIX}")
         if header["model"] != self.engine.lm.fingerprint:
             raise CheckpointError("it belongs to another model: load the one it was saved with")
+        adapter = self.adapter(header["adapter"])
         numbers = {name: self.integer(name, header[name], *INTEGERS[name]) for name in INTEGERS}
         system = header["system_prompt"]
         if system is not None and not (isinstance(system, str) and _is_text(system)):
@@ -195,8 +201,20 @@ class _Reader:
         # sequences once it has been prefilled, and so is computed here.
         kept = self.cache(cached, parts) if cached >= opening else None
         seed, draws = numbers["seed"], numbers["draws"]
-        given = system, special_tokens, seed, draws, opening, ids, turns, spoken, kept
-        return SavedSession(*given, self.heard())
+        given = seed, draws, opening, ids, turns, spoken, kept
+        return SavedSession(system, special_tokens, adapter, *given, self.heard())
+
+    def adapter(self, digest: Any) -> int:
+        """The place of the adapter that it was computed with."""
+        if not isinstance(digest, str):
+            raise self.wrong("adapter", digest, "the digest of an adapter or empty")
+        known = self.engine.lm.adapter_digests
+        if digest not in known:
+            raise CheckpointError(
+                "it belongs to an adapter that this model was not loaded with: load the model with "
+                "adapters={...}, unmerged, and that adapter among them"
+            )
+        return known.index(digest)
 
     def wrong(self, name: str, value: Any, expected: str) -> CheckpointError:
         return CheckpointError(f"'{name}' is {shown(value)}, not {expected}: {FIX}")

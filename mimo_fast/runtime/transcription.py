@@ -124,12 +124,13 @@ def start_pieces(
     max_new_tokens: int | None = None,
     samplers: Samplers | None = None,
     language: str | None = None,
+    adapter: str | None = None,
 ) -> Iterator[PieceReply]:
     """Encodes pieces together and queues their transcripts; no other thing is computed before their
     first step.
 
     Args:
-        template, max_new_tokens, language: as those of `TranscriptStream`.
+        template, max_new_tokens, language, adapter: as those of `TranscriptStream`.
         samplers: of the words; None for those of the task.
     """
     rate, stops = pipeline.codec.sample_rate, TASK.stop_ids(pipeline.tokenizer.special)
@@ -137,7 +138,7 @@ def start_pieces(
 
     def hear(most: int, speech: Speech) -> Hearing:
         prompt = TASK.prompt(pipeline.context(seed), speech, tag, template)
-        packed, sequence = pipeline.packed(prompt, TASK.sampler), pipeline.sequence(seed)
+        packed, sequence = pipeline.packed(prompt, TASK.sampler), pipeline.sequence(seed, adapter)
         sequence.add(packed)
         how = samplers or pipeline.samplers(TASK.sampler), stops, most
         reply = pipeline.start(sequence, *how, priority=Priority.BATCH)
@@ -156,9 +157,11 @@ def start_piece(
     seed: int | None = None,
     samplers: Samplers | None = None,
     language: str | None = None,
+    adapter: str | None = None,
 ) -> PieceReply:
     """`start_pieces` of one."""
-    (work,) = start_pieces(pipeline, [piece], template, seed, None, samplers, language)
+    how = template, seed, None, samplers, language, adapter
+    (work,) = start_pieces(pipeline, [piece], *how)
     return work
 
 
@@ -175,9 +178,11 @@ class TranscriptStream(Iterator[TranscriptSegment]):
         at_once: how many pieces may be at work, asked again before each; by default as many as the
             model has slots.
         language: that is spoken, by its code or name, see `Architecture.tag_of`; None for any.
+        adapter: that it is computed with, of `LM.adapters`; None for the model itself.
 
     Raises:
         PromptError: the model has no tag for the language.
+        ValueError: it was not loaded with the adapter.
 
     Attributes:
         duration: Seconds of the recording that have been read.
@@ -194,9 +199,12 @@ class TranscriptStream(Iterator[TranscriptSegment]):
         max_new_tokens: int | None = None,
         at_once: Callable[[], int] | None = None,
         language: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         pipeline.owner.check()
+        pipeline.lm.place_of(adapter)
         architecture, self._language = pipeline.lm.config.architecture, language
+        self._adapter = adapter
         templates = asr_templates(architecture, architecture.tag_of(language))
         check_limits(max_new_tokens, 0)
         self._pipeline, self._seed, self._most = pipeline, one_seed(seed), max_new_tokens
@@ -243,7 +251,8 @@ class TranscriptStream(Iterator[TranscriptSegment]):
             yield block
 
     def _generate(self) -> Generator[TranscriptSegment, None, None]:
-        work, how = self._work, (self._template, self._seed, self._most)
+        work, limits = self._work, (self._seed, self._most)
+        how = self._template, *limits, None, self._language, self._adapter
         pieces = pieces_of(self._counted(), self._rate, self._cutting)
         try:
             more = True
@@ -253,8 +262,7 @@ class TranscriptStream(Iterator[TranscriptSegment]):
                     # Pieces that start at once are encoded at once.
                     new = [*islice(pieces, room)]
                     more = len(new) == room
-                    started = start_pieces(self._pipeline, new, *how, language=self._language)
-                    work.extend(started)
+                    work.extend(start_pieces(self._pipeline, new, *how))
                 yield from self._step()
         finally:
             while work:

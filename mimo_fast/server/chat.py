@@ -32,7 +32,7 @@ from mimo_fast.server.checks import (
     whole,
 )
 from mimo_fast.server.messages import MOST_MESSAGES, Heard, Turns, read_messages
-from mimo_fast.server.models import check_model
+from mimo_fast.server.models import find_model
 from mimo_fast.server.realtime.mind import Ask, Mind, Piece
 from mimo_fast.server.requests import (
     SEEDS,
@@ -116,7 +116,7 @@ class Wanted:
     streams: bool
     with_usage: bool
 
-    def ask(self, index: int) -> Ask:
+    def ask(self, index: int, adapter: str | None) -> Ask:
         turns = self.turns
         seed = None if self.seed is None else (self.seed + index) % SEEDS
         return Ask(
@@ -129,14 +129,14 @@ class Wanted:
             seed=seed,
             temperature=self.temperature,
             top_p=self.top_p,
+            adapter=adapter,
         )
 
 
 async def chat(request: Request) -> Response:
     """An answer to a conversation."""
     state, body = request.app.state, await read_json(request)
-    service: Service = state.service
-    check_model(service, body.get("model", service.name))
+    service: Service = find_model(state.service, body.get("model", state.service.name))
     if not hasattr(state, "answers"):
         state.answers = Answers()
     if state.elsewhere is not None:
@@ -320,7 +320,8 @@ class _Answer:
 
     def _begin(self, index: int) -> _Choice:
         expires = int(time()) + Answers.SECONDS
-        return _Choice(index, self._wanted.ask(index), f"audio_{secrets.token_hex(12)}", expires)
+        ask = self._wanted.ask(index, self._service.adapter)
+        return _Choice(index, ask, f"audio_{secrets.token_hex(12)}", expires)
 
     async def _deltas(self, choice: _Choice) -> AsyncGenerator[Json, None]:
         """The parts of one answer: text, or words and bytes of audio."""

@@ -29,7 +29,7 @@ from mimo_fast.server.audio import FORMS, decode
 from mimo_fast.server.checks import Json, one_of, refusal
 from mimo_fast.server.checks import text as checked_text
 from mimo_fast.server.errors import ApiError
-from mimo_fast.server.models import check_model
+from mimo_fast.server.models import find_model
 from mimo_fast.server.requests import (
     FIELD,
     FIELDS,
@@ -84,6 +84,7 @@ async def conversions(request: Request) -> Response:
         raise ApiError(problem, 400, "unsupported_value")
     form = await _form(request)
     try:
+        service = find_model(service, form.get("model", service.name))
         asked = await _read(request, service, form)
     finally:
         for _, each in form.multi_items():
@@ -104,7 +105,8 @@ def _converted(service: Service, asked: Asked) -> Stream[Chunk]:
     """The recording as the examples convert theirs."""
 
     def start() -> Iterator[Chunk]:
-        return service.model.converter(asked.examples).stream(asked.recording, seed=asked.seed)
+        converter = service.model.converter(asked.examples, adapter=service.adapter)
+        return converter.stream(asked.recording, seed=asked.seed)
 
     return service.worker.stream(start, seconds=heard)
 
@@ -158,7 +160,6 @@ async def _read(request: Request, service: Service, form: FormData) -> Asked:
     Raises:
         ApiError: one of them is wrong.
     """
-    check_model(service, form.get("model", service.name))
     examples = await _examples(request, service, form)
     form_of = one_of(form.get("response_format") or "wav", "response_format", FORMS)
     answer = one_of(form.get("stream_format") or "audio", "stream_format", ("audio", "sse"))

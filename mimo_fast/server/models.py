@@ -18,34 +18,37 @@ ALIASES = frozenset(
         *("whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe", "gpt-realtime-whisper"),
     }
 )
-"""OpenAI's names, which stock clients send where nobody chose one; they mean the one model."""
+"""OpenAI's names, which stock clients send where nobody chose one; they mean the model itself."""
 
 STARTED = int(time())
 
 
-def check_model(service: Service, name: object, param: str = "model") -> None:
-    """Raises an `ApiError` of status 404 unless a name is the model's or an alias."""
+def find_model(service: Service, name: object, param: str = "model") -> Service:
+    """The service of the model that a request names; an alias is what `service` is.
+
+    Raises:
+        ApiError: of status 404, there is no such model.
+    """
     if not isinstance(name, str) or not name:
         raise ApiError(f"{param} must be the name of a model", 400, "invalid_type", param)
-    if name != service.name and name not in ALIASES:
-        raise ApiError(
-            f"there is no model {name:.60}; this server has {service.name}",
-            404,
-            "model_not_found",
-            param,
-        )
+    if name in service.models:
+        return service.called(name)
+    if name in ALIASES:
+        return service
+    known = ", ".join(service.models)
+    problem = f"there is no model {name:.60}; this server has {known}"
+    raise ApiError(problem, 404, "model_not_found", param)
 
 
-def _described(service: Service) -> dict[str, object]:
-    return {"id": service.name, "object": "model", "created": STARTED, "owned_by": "mimo-fast"}
+def _described(name: str) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": STARTED, "owned_by": "mimo-fast"}
 
 
 async def models(request: Request) -> Response:
-    found = [_described(request.app.state.service)]
+    found = [_described(name) for name in request.app.state.service.models]
     return JSONResponse({"object": "list", "data": found})
 
 
 async def model(request: Request) -> Response:
-    service = request.app.state.service
-    check_model(service, request.path_params["name"])
-    return JSONResponse(_described(service))
+    service = find_model(request.app.state.service, request.path_params["name"])
+    return JSONResponse(_described(service.name))

@@ -5,7 +5,8 @@ endpoints, realtime sessions -> Service -> Worker (compute thread) -> MimoAudio
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -91,16 +92,34 @@ class Service:
         name: The model's name in `/v1/models`.
         config: The model's, also while it is not loaded.
         threads: Where clients' audio is decoded and encoded.
+        adapter: That all of this is computed with; None for the model itself.
+        models: The adapter by each name in `/v1/models`. By default the names are `name` and, if
+            that is the model itself, `name:adapter` for each adapter that requests may choose.
     """
 
     model: MimoAudio
     name: str
     worker: Worker = field(default_factory=Worker)
     threads: AudioThreads = field(default_factory=AudioThreads)
+    adapter: str | None = None
+    models: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # What a model can do stays as it is while its memory is given to others.
         self.config = self.model.lm.config
+        if not self.models:
+            chosen = self.model.adapters if self.adapter is None else ()
+            named = {f"{self.name}:{adapter}": adapter for adapter in chosen}
+            self.models = {self.name: self.adapter} | named
+
+    def called(self, name: str) -> Service:
+        """This service with the adapter of another name of `models`."""
+        if name == self.name:
+            return self
+        # Nothing of the model is asked, which may not be loaded.
+        twin = copy(self)
+        twin.name, twin.adapter = name, self.models[name]
+        return twin
 
     @property
     def sample_rate(self) -> int:
@@ -160,7 +179,8 @@ class Service:
                 # A voice goes with a style, or with a text that may hold one.
                 options["read_text_only"] = bool(instructions)
             splits = voice is None or bool(instructions)
-            return model.stream("tts", text, seed=seed, split=splits, **options)
+            options |= {"seed": seed, "split": splits, "adapter": self.adapter}
+            return model.stream("tts", text, **options)
 
         return self.worker.stream(start, priority=priority, seconds=heard)
 
@@ -216,7 +236,7 @@ class Service:
             if temperature is not None:
                 samplers = warmed(pipeline.samplers("asr"), temperature)
             drawn = fresh_seed() if seed is None else seed
-            how: dict[str, Any] = {"seed": drawn, "samplers": samplers}
+            how: dict[str, Any] = {"seed": drawn, "samplers": samplers, "adapter": self.adapter}
             if pipeline.lm.config.architecture.tags:
                 how["language"] = language
             elif language is not None:

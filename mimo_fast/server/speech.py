@@ -27,7 +27,7 @@ from mimo_fast.server.audio import FASTEST, FORMS, SLOWEST
 from mimo_fast.server.checks import Json, boolean, number, one_of, refusal
 from mimo_fast.server.checks import text as checked_text
 from mimo_fast.server.errors import ApiError, as_api_error
-from mimo_fast.server.models import check_model
+from mimo_fast.server.models import find_model
 from mimo_fast.server.requests import (
     SSE,
     Streamed,
@@ -91,8 +91,7 @@ def read_manner(connection: HTTPConnection, body: Json, form: str) -> Manner:
 async def speech(request: Request) -> Response:
     """A text said, in one of six forms or as events."""
     state, body = request.app.state, await read_json(request)
-    service: Service = state.service
-    check_model(service, body.get("model", service.name))
+    service: Service = find_model(state.service, body.get("model", state.service.name))
     text = said_text(body, "input", state.settings.max_text_chars)
     service.check_words(text)
     manner = read_manner(request, body, "mp3")
@@ -322,7 +321,8 @@ class _SpeechSession:
             await asyncio.sleep(0)
 
     def _configure(self, message: Json) -> None:
-        check_model(self._service, message.get("model", self._service.name))
+        name = message.get("model", self._service.name)
+        self._service = find_model(self._service, name)
         self._manner = read_manner(self._socket, message, "pcm")
         self._whole = not boolean(message.get("stream_audio", True), "stream_audio")
 

@@ -24,7 +24,7 @@ from mimo_fast.sampling import fresh_seed
 from mimo_fast.server.checks import Json, number, one_of, refusal
 from mimo_fast.server.checks import text as checked_text
 from mimo_fast.server.errors import ApiError
-from mimo_fast.server.models import check_model
+from mimo_fast.server.models import find_model
 from mimo_fast.server.requests import (
     FIELD,
     FIELDS,
@@ -101,6 +101,7 @@ async def transcriptions(request: Request) -> Response:
                 each.file.close()
 
     try:
+        service = find_model(service, form.get("model", service.name))
         asked = read_form(service, form)
         words = transcribe(service, asked, found, work, state.settings.max_audio_seconds)
         if asked.streams:
@@ -140,7 +141,6 @@ def read_form(service: Service, form: FormData) -> Asked:
     Raises:
         ApiError: one of them is wrong, or nothing that this model can do.
     """
-    check_model(service, form.get("model", service.name))
     file = form.get("file")
     if not isinstance(file, UploadFile):
         problem = "file must be an uploaded recording"

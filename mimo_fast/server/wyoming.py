@@ -35,6 +35,7 @@ from mimo_fast.server.errors import ApiError, as_api_error, full
 from mimo_fast.server.json_values import parse_json
 from mimo_fast.server.limits import ARRIVAL, CALM, SESSION_WAIT, STILL, Places
 from mimo_fast.server.logs import log, log_failure, request_id, words_wanted
+from mimo_fast.server.models import find_model
 from mimo_fast.server.protocols import STALL
 from mimo_fast.server.security import Rates
 from mimo_fast.server.service import ASR, TTS, Service
@@ -126,6 +127,7 @@ class _Connection:
         self._service: Service = app.state.service
         self._settings: Settings = app.state.settings
         self._language: str | None = None
+        self._model = self._service.name
         self._hearing: Recording | None = None
         self._reading: Text | None = None
         self._work: asyncio.Task[None] | None = None
@@ -324,9 +326,9 @@ class _Connection:
             for voice in self._state.voices
             if (clones if voice.path is not None else voice.name not in ALIASES)
         ]
-        model = AsrModel(**about(service.name, service.name), languages=known)
+        models = [AsrModel(**about(name, name), languages=known) for name in service.models]
         program = about("mimo-fast", "MiMo-Audio")
-        hears = AsrProgram(**program, models=[model], supports_transcript_streaming=True)
+        hears = AsrProgram(**program, models=models, supports_transcript_streaming=True)
         speaks = TtsProgram(**program, voices=voices, supports_synthesize_streaming=True)
         return Info(
             asr=[hears] if service.knows(ASR) else [],
@@ -336,7 +338,9 @@ class _Connection:
     # Transcripts
 
     async def _transcribe(self, data: Json, payload: bytes) -> None:
-        self._language = language_of(self._service, data.get("language"))
+        name = data.get("name")
+        service = self._service if name is None else find_model(self._service, name, "name")
+        self._language, self._model = language_of(service, data.get("language")), service.name
 
     async def _audio_start(self, data: Json, payload: bytes) -> None:
         form = Form(data)
@@ -358,13 +362,15 @@ class _Connection:
 
     async def _write_down(self, hearing: Recording) -> None:
         work, found, language = Work(), Found(), self._language
+        # The model may have been loaded again since it was named.
+        service = self._service.called(self._model)
         try:
             await self._send(TranscriptStart(language=language).event())
             if hearing.seconds:
                 file = hearing.finish()
                 asked = Asked(file, "json", True, language, None, None)
                 most = self._settings.max_audio_seconds + 1
-                async with aclosing(transcribe(self._service, asked, found, work, most)) as words:
+                async with aclosing(transcribe(service, asked, found, work, most)) as words:
                     async for new in words:
                         await self._send(TranscriptChunk(new).event())
             await self._send(Transcript(found.text, language=language).event())

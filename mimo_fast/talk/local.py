@@ -29,9 +29,13 @@ class LocalPartner:
         self._dialogue = Dialogue(service, self, longest_turn(service), "talk")
         voice = self._wishes.voice
         manner = Manner(
-            self._wishes.instructions, voice=None if voice is None else Path(voice), voice_name=""
+            self._wishes.instructions,
+            voice=None if voice is None else Path(voice),
+            voice_name="",
+            adapter=service.adapter,
         )
-        self._dialogue.set_manner(manner, Turns(transcribes=True))
+        turns = Turns(transcribes=True, adapter=service.adapter)
+        self._dialogue.set_manner(manner, turns)
         if self._wishes.by_hand:
             await self._dialogue.set_hearing(None, None)
 

@@ -98,15 +98,16 @@ def generate_as_upstream(
     Ids are int64, as the tokens that upstream appends are.
 
     Args:
-        options: `input_ids`, `seed` and options of generation_config, which take precedence over
-            those in it.
+        options: `input_ids`, `seed`, `adapter` and options of generation_config, which take
+            precedence over those in it.
     """
     options = dict(options)
-    by_name, seed = options.pop("input_ids", None), options.pop("seed", None)
+    by_name = options.pop("input_ids", None)
+    own = {name: options.pop(name, None) for name in ("seed", "adapter")}
     if options:
         generation_config = config_options(generation_config) | options
     ids = by_name if inputs is None else inputs
     if isinstance(ids, Tensor) and ids.dtype in (torch.int32, torch.int16):
         ids = ids.long()
     stops, samplers = (stopping_criteria, streamer), (global_sampler, local_sampler)
-    return generate(model, ids, generation_config, *stops, *samplers, seed=seed)
+    return generate(model, ids, generation_config, *stops, *samplers, **own)

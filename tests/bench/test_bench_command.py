@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import PAIR
+from helpers import ADAPTERS, PAIR, watch
 
 from mimo_fast.bench import command
 from mimo_fast.bench.ceiling import Ceiling
+from mimo_fast.bench.target import Target
 from mimo_fast.checkpoint.embedded import NANO
 from mimo_fast.cli.main import main
 from mimo_fast.errors import DeviceMemoryError
+from mimo_fast.kernels.matmul.adapted import AdaptedWeight
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +59,20 @@ def test_a_given_model(capsys, tmp_path):
     assert (metrics["text_groups"], metrics["audio_groups"]) == (command.WORDS, command.PATCHES)
     # At the end of the context.
     assert metrics["prompt_groups"] + command.WORDS + command.PATCHES + 2 == 200
+
+
+def test_an_adapter_beside_quantized_weights_is_measured(capsys, tmp_path, monkeypatch):
+    small, adapted = str(tmp_path / "small"), list[bool]()
+    assert main(["quantize", PAIR[1], small, "--format", "int8"]) == 0
+
+    def see(_args: object, target: Target, *_rest: object) -> None:
+        adapted.append(isinstance(target.lm.backbone.layers[0].qkv, AdaptedWeight))
+
+    watch(monkeypatch, command, "_rows", before=see)
+    monkeypatch.setattr(command, "STREAMS", (1,))
+    pair = ["--model", small, *PAIR[2:], "--max-seq-len", "200"]
+    assert main(["bench", *pair, "--adapter", str(ADAPTERS / "qkvo")]) == 0
+    assert adapted == [True]
 
 
 def test_the_embedded_model_by_its_name(capsys):

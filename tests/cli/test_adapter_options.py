@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers import ADAPTERS, KIT_PAIR, PAIR
+from helpers import ADAPTERS, KIT_PAIR, PAIR, THREE
 from safetensors.torch import load_file
 
 import mimo_fast
+from mimo_fast.cli.arguments import check_arguments
 from mimo_fast.cli.common import load_options
 from mimo_fast.cli.main import build_parser, main
 
@@ -87,3 +89,88 @@ def test_random_weights_have_no_adapter(capsys, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     assert main(["bench", "--adapter", str(QKVO)]) == 1
     assert "--adapter goes with --model" in capsys.readouterr().err
+
+
+NAMED = [f"--adapter={name}={folder}" for name, folder in THREE.items()]
+
+
+def options_of(*arguments: str) -> dict[str, Any]:
+    """What `serve` loads with."""
+    args = build_parser().parse_args(["serve", *PAIR, *arguments])
+    check_arguments(args)
+    return {**load_options(args)}
+
+
+def test_a_server_takes_several_by_their_names():
+    options = options_of(*NAMED)
+    assert options["adapters"] == THREE
+    assert options["merge_adapters"] is False
+    with mimo_fast.load(*KIT_PAIR, **options) as model:
+        assert model.adapters == (*THREE,)
+    # One with a name is chosen too, one without is merged.
+    assert options_of(NAMED[0])["merge_adapters"] is False
+    assert options_of("--adapter", str(QKVO))["merge_adapters"] is None
+    assert options_of()["adapters"] is None
+
+
+def test_a_variable_names_several_and_options_come_before_it(monkeypatch):
+    named = ",".join(f"{name}={folder}" for name, folder in THREE.items())
+    monkeypatch.setenv("MIMO_FAST_ADAPTER", named)
+    assert options_of()["adapters"] == THREE
+    assert options_of(NAMED[0], NAMED[1])["adapters"].keys() == {*[*THREE][:2]}
+    monkeypatch.setenv("MIMO_FAST_ADAPTER", str(QKVO))
+    assert options_of()["adapters"] == {"qkvo": QKVO}
+    assert options_of()["merge_adapters"] is None
+
+
+def test_a_folder_with_a_name_like_one_begins_with_a_dot(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").symlink_to(QKVO)
+    assert options_of("--adapter", "./a=b")["adapters"] == {"qkvo": Path("a=b")}
+    assert options_of("--adapter", "a=b")["adapters"] == {"a": Path("b")}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert options_of("--adapter", "a=~/b")["adapters"] == {"a": tmp_path / "b"}
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (["a=x", "a=y"], "two adapters are called a"),
+        (["a=x", "y"], "'y' needs a name beside others: give NAME=DIR for each"),
+        (["x", "y"], "'x' needs a name beside others"),
+        (["a=x", "b:c=y"], "'b:c=y' needs a name beside others"),
+        (["a=\udcff"], "is not valid UTF-8"),
+    ],
+)
+def test_names_that_do_not_go_together(given, problem, capsys):
+    with pytest.raises(SystemExit):
+        options_of(*(f"--adapter={each}" for each in given))
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+
+
+def test_info_lists_them(capsys):
+    assert main(["info", *PAIR, *NAMED]) == 0
+    shown = capsys.readouterr().out
+    for name, folder in THREE.items():
+        assert f"  adapter         {name}: {folder}, " in shown
+    assert "  merged  " not in shown
+
+
+def test_one_beside_quantized_weights_is_for_every_request(tmp_path, capsys):
+    small = tmp_path / "small"
+    assert main(["quantize", MODEL[1], str(small), "--format", "int8"]) == 0
+    end = ["--text", "hello", "--max-tokens", "12", "--seed", "3", "--device", "cpu"]
+    said = []
+    for more in (["--adapter", str(QKVO)], []):
+        capsys.readouterr()
+        assert main(["chat", "--model", str(small), *PAIR[2:], *more, *end]) == 0
+        said.append(capsys.readouterr())
+    assert f"with {QKVO} beside the weights" in said[0].err
+    assert said[0].out != said[1].out
+    with mimo_fast.load(small, KIT_PAIR[1], device="cpu", adapters={"q": QKVO}) as model:
+        messages = [{"role": "user", "content": "hello"}]
+        how: dict[str, Any] = {"max_new_tokens": 12, "seed": 3, "adapter": "q"}
+        text = model.text_dialogue_sft_multiturn(messages, **how)
+    assert said[0].out.strip() == text.strip()

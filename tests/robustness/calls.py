@@ -29,7 +29,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
     codes = torch.zeros(8, 8, dtype=torch.int64)
     mel, upstream_codec = torch.zeros(41, codec.config.n_mels), model.mimo_audio_tokenizer
     speech, output = SECOND, str(folder / "out.wav")
-    limits: Arguments = {"max_new_tokens": 3, "min_new_tokens": 1, "seed": 1}
+    limits: Arguments = {"max_new_tokens": 3, "min_new_tokens": 1, "seed": 1, "adapter": None}
     user, assistant = ({"role": role} for role in ("user", "assistant"))
     texts = [user | {"content": "a"}, assistant | {"content": "b"}, user | {"content": "c"}]
     heard = [user | {"content": speech}, assistant | {"content": "b"}, user | {"content": speech}]
@@ -47,6 +47,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
         "max_seq_len": GROUPS,
         "kv_cache": None,
         "adapters": {"a": str(KIT.parent / "adapters" / "qkvo")},
+        "merge_adapters": None,
         "codec_rope": "exact",
         "offload": [],
         "local_files_only": True,
@@ -73,6 +74,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
         return [*model.converter(examples, instruction).stream(**arguments)]
 
     transcribing = {"template": 0, "seed": 1, "max_new_tokens": 3, "language": None}
+    transcribing |= {"adapter": None}
 
     def said(**arguments: Any) -> list[Any]:
         return [*model.session(seed=1).stream(**arguments)]
@@ -165,7 +167,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
         "save_wav": (mimo_fast.save_wav, {"target": output, "wav": speech, "sample_rate": 24000}),
         "generate": (
             mimo_fast.generate,
-            {"model": model, "input_ids": ids, **everything, "seed": 1},
+            {"model": model, "input_ids": ids, **everything, "seed": 1, "adapter": None},
         ),
         "accelerate": (mimo_fast.accelerate, {"model": SimpleNamespace(model=1)}),
         "accelerate upstream": (
@@ -225,7 +227,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
         ),
         "upstream's generate": (
             model.model.generate,
-            {"inputs": ids, "generation_config": config, "seed": 1},
+            {"inputs": ids, "generation_config": config, "seed": 1, "adapter": None},
         ),
         "upstream's encode": (
             upstream_codec.encoder.encode,
@@ -244,10 +246,10 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
         "MimoAudio.pack": (model.pack, {"segments": ["hello", model.speech(speech), "a"]}),
         "MimoAudio.session": (
             first_turn,
-            {"system_prompt": "Be brief.", "voice": speech, "seed": 1},
+            {"system_prompt": "Be brief.", "voice": speech, "seed": 1, "adapter": None},
         ),
         "MimoAudio.restore_session": (model.restore_session, {"path": output}),
-        "MimoAudio.conversation": (conversation, {"seed": 1}),
+        "MimoAudio.conversation": (conversation, {"seed": 1, "adapter": None}),
         "MimoAudio.decode": (
             decoded,
             {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KIT_PAIR, fault
+from helpers import ADAPTERS, KIT_PAIR, fault
 
 import mimo_fast
 from mimo_fast.bench.machine import describe_checkpoint
@@ -157,3 +157,23 @@ def test_info_says_what_graphs_may_take(kit):
     for kind, text in (("lm", "in 10 s and 1,000 MB"), ("codec", "of up to 16 s")):
         *_, line = describe_checkpoint(kit / "checkpoint" / kind, kind, {})
         assert text in line
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("kind", ["qkvo", "dora_rslora", "all_linear_saved", "heads_embeddings"])
+def test_adapters_are_counted(kind, quantization):
+    """What a variant holds of its own; of a matrix that is stacked with others all of it."""
+    options = {"adapters": {kind: ADAPTERS / kind}, "merge_adapters": False, "device": "cpu"}
+    with mimo_fast.load(*KIT_PAIR, quantization=quantization, **options) as model:
+        parts, held = model.setup.bytes(), model.lm.adapter_nbytes
+        assert held <= parts["adapters"] <= 1.1 * held + 4096
+        plain = replace(model.setup, adapters=())
+        assert "adapters" not in plain.bytes()
+        assert model.setup.total - plain.total == parts["adapters"]
+
+
+def test_an_adapter_that_does_not_fit_is_said(model, tuned):
+    setup = tuned.setup
+    message = fault(lambda: check_memory(setup, setup.total - 1, "here"), DeviceMemoryError)
+    assert ", adapters 0.0, codec " in message
+    assert "adapters" not in model.setup.bytes()

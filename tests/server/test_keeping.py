@@ -20,7 +20,7 @@ SPEECH = "/v1/audio/speech"
 class Model:
     """Stands for a model that can be closed."""
 
-    lm = SimpleNamespace(config=None)
+    lm, adapters = SimpleNamespace(config=None), ()
 
     def __init__(self):
         self.closed = False

@@ -112,9 +112,16 @@ class Engine(FreedWhenClosed):
         """Raises PromptError unless a sequence of `groups` groups leaves room for a reply."""
         check_room(groups, self.capacity)
 
-    def sequence(self, seed: int) -> TokenSequence:
-        """An empty sequence whose draws come from `seed`."""
-        return TokenSequence(self.lm.config, self.capacity, seed)
+    def sequence(self, seed: int, adapter: str | None = None) -> TokenSequence:
+        """An empty sequence whose draws come from `seed`.
+
+        adapter: of `LM.adapters`; None for the model itself.
+
+        Raises:
+            ValueError: the model was not loaded with it.
+        """
+        place = self.lm.place_of(adapter)
+        return TokenSequence(self.lm.config, self.capacity, seed, place)
 
     def decode(self, sequence: TokenSequence, limits: Limits, samplers: Samplers) -> Reply:
         """Prefills what is not cached and returns the reply."""

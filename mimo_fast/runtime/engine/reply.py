@@ -134,7 +134,8 @@ class Reply(Iterator[Group]):
             rest: groups decoded before it and not taken.
             codes: its codes [C, G] where they could not be drawn, None where its text could not.
         """
-        request, lm = self._request, self._engine.lm
+        request = self._request
+        lm = self._engine.lm.variant(request.sequence.adapter)
         ids = torch.cat(
             [request.sequence.ids, *(group_ids(group.text, group.codes) for group in rest)], dim=1
         )

@@ -20,6 +20,7 @@ class TokenSequence:
         config: dimensions of the language model.
         capacity: groups that it may have, the last one of a reply included.
         seed: of its draws.
+        adapter: place of the adapter that it is computed with (`LM.adapters`); 0 for none.
 
     Attributes:
         slot: Its slot in the engine's KV cache, None while it has none.
@@ -31,8 +32,9 @@ class TokenSequence:
         heard: Where the last prompt begins, and what is known of its recordings; None: nothing.
     """
 
-    def __init__(self, config: LMConfig, capacity: int, seed: int) -> None:
+    def __init__(self, config: LMConfig, capacity: int, seed: int, adapter: int = 0) -> None:
         self._config, self.capacity, self.seed, self.draws = config, capacity, seed, 0
+        self.adapter = adapter
         self.group_size = config.group_size
         self._ids = torch.empty(config.channels + 1, 0, dtype=torch.int64, device="cpu")
         self._decoded: list[tuple[int, Tensor]] = []
@@ -104,9 +106,13 @@ class TokenSequence:
             first = min((frame for frame, _ in self._pending), default=self._ids.shape[1])
             return first // self.group_size
 
-    def fork(self) -> "TokenSequence":
-        """A sequence with the same ids and draws, and nothing cached."""
-        twin = TokenSequence(self._config, self.capacity, self.seed)
+    def fork(self, adapter: int | None = None) -> "TokenSequence":
+        """A sequence with the same ids and draws, and nothing cached.
+
+        adapter: its place; None for this sequence's.
+        """
+        place = self.adapter if adapter is None else adapter
+        twin = TokenSequence(self._config, self.capacity, self.seed, place)
         twin.ids, twin.draws, twin.prefix_groups = self.ids, self.draws, self.prefix_groups
         return twin
 

@@ -55,7 +55,8 @@ class Slots:
         self.evictions += 1
 
     def place(self, sequence: TokenSequence, slot: int) -> None:
-        """Gives a free slot to a sequence, with its keys and values."""
+        """Gives a free slot to a sequence, with its adapter, keys and values."""
+        self.state.adapters[slot] = sequence.adapter
         if sequence.snapshot is not None:
             sequence.snapshot.put(self.state, slot)
         self.owners[slot] = weakref.ref(sequence)

@@ -123,10 +123,13 @@ class Steps:
             if end > known:
                 break
             bounds.append(end)
-        request.units = [
-            Unit(hashlib.blake2b(rows[first:end].tobytes(), digest_size=16).digest(), end - first)
-            for first, end in pairwise(bounds)
-        ]
+        # Keys and values depend on the adapter from the first layer on.
+        adapter = self.lm.adapter_digests[sequence.adapter].encode()
+
+        def key(first: int, end: int) -> bytes:
+            return hashlib.blake2b(rows[first:end].tobytes(), digest_size=16, key=adapter).digest()
+
+        request.units = [Unit(key(*place), place[1] - place[0]) for place in pairwise(bounds)]
         self.prefixes.note(request.units, sequence.prefix_groups)
 
     def reuse(self, requests: Sequence[Request]) -> None:
@@ -166,15 +169,20 @@ class Steps:
         return found
 
     def together(self, chosen: Sequence[tuple[Request, int]]) -> list[tuple[Request, int]]:
-        """Those of the prompts and groups that one pass takes: with graphs, those of the bucket of
-        the first one."""
+        """Those of the prompts and groups that one pass takes: with graphs, those of the bucket and
+        the adapter of the first one."""
         graphs = self.decoder.graphs
         if not chosen or graphs is None:
             return [*chosen]
         if not graphs.packs_prompts:
             return [*chosen[:1]]
-        bucket = graphs.bucket_of(chosen[0][1])
-        same = [each for each in chosen if graphs.bucket_of(each[1]) == bucket]
+        first, length = chosen[0]
+        bucket, adapter = graphs.bucket_of(length), first.sequence.adapter
+        same = [
+            (request, groups)
+            for request, groups in chosen
+            if graphs.bucket_of(groups) == bucket and request.sequence.adapter == adapter
+        ]
         return same[: graphs.most_packed(bucket)]
 
     def prefill(self, requests: Sequence[Request]) -> None:

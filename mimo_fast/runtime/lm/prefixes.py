@@ -6,7 +6,8 @@
 A prompt is a sequence of units: groups where a prompt has the same bits in whatever parts it is
 prefilled, otherwise the chunks that a run by itself has. An edge holds units that no known prompt
 parts company in, and, once they are worth it, the keys and values of their groups in host memory.
-Bits from the tree are therefore those that the prompt would have computed.
+Bits from the tree are therefore those that the prompt would have computed. Prompts of different
+adapters have no unit in common: each adapter's are a tree of its own below the root.
 
 Every prompt is noted, as hashes, when it is asked for (`note`). What two prompts have in common, or
 one declares to be shared, is kept as soon as one of them has computed it (`keep`), so that whoever
@@ -37,7 +38,7 @@ class Unit:
     """Groups of a prompt that are reused together.
 
     Attributes:
-        key: A hash of their ids.
+        key: A hash of their ids and of the adapter that they are computed with.
         groups: How many they are.
     """
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from mimo_fast.server.checks import Json, mapping, one_of, refusal
 from mimo_fast.server.errors import ApiError
-from mimo_fast.server.models import check_model
+from mimo_fast.server.models import find_model
 from mimo_fast.server.realtime.config import Kind
 from mimo_fast.server.requests import content_type, parse_object
 
@@ -36,14 +36,14 @@ async def create_call(request: Request) -> Response:
     if state.stopping:
         raise ApiError("the server is stopping", 503, "server_stopping")
     offer, session = await _read(request)
-    model = request.query_params.get("model")
+    model, service = request.query_params.get("model"), state.service
     if model is not None:
-        check_model(state.service, model)
+        service = find_model(service, model)
     secret = request.scope.get("client_secret")
     sessions = [each for each in (None if secret is None else secret.session, session) if each]
     kind = _kind(sessions)
     peers = await _peers()
-    call = peers.Call(state, kind, sessions, secret)
+    call = peers.Call(state, kind, sessions, secret, service.name)
     answer = await call.answer(offer)
     headers = {"Location": f"/v1/realtime/calls/{call.id}"}
     return Response(answer, 201, headers, SDP)

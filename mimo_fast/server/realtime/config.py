@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,13 +77,15 @@ class Config:
     """Settings as a client sees them.
 
     Args:
-        name: of the model.
+        name: of the model that the client has connected to.
+        models: the adapter by the name of each model; None for the model itself.
         longest: characters of a text.
     """
 
     kind: Kind
     id: str
     name: str
+    models: Mapping[str, str | None]
     voices: Voices
     longest: int
     values: Json = field(init=False)
@@ -161,9 +163,10 @@ class Config:
         return spoken_options({name: value}, "session", self.longest)[name]
 
     def _model(self, value: Any, param: str) -> str:
-        if value is not None and value != self.name and value not in ALIASES:
-            one_of(value, param, (self.name,))
-        return self.name
+        if value is None or (isinstance(value, str) and value in ALIASES):
+            return self.name
+        found: str = one_of(value, param, self.models)
+        return found
 
     def _update_audio(self, audio: Json, given: Any) -> None:
         patch = mapping(given if given is not None else {}, "session.audio")
@@ -198,8 +201,8 @@ class Config:
             if given.get(name) is not None:
                 text(given[name], f"{param}.{name}", self.longest)
         model = given.get("model")
-        if model is not None and model != self.name:
-            one_of(model, f"{param}.model", (self.name, *TRANSCRIBERS))
+        if model is not None:
+            one_of(model, f"{param}.model", (*self.models, *TRANSCRIBERS))
         for name in lists:
             if not isinstance(given.get(name, []), list | None):
                 raise refusal(f"{param}.{name} must be a list", f"{param}.{name}", "invalid_type")
@@ -251,7 +254,13 @@ class Config:
             interrupts=talks and given.get("interrupt_response", False),
             idle_ms=given.get("idle_timeout_ms") if talks else None,
             transcribes=self.input["transcription"] is not None,
+            adapter=self._adapter((self.input["transcription"] or {}).get("model")),
         )
+
+    def _adapter(self, model: str | None = None) -> str | None:
+        """The adapter of a model by its name; a name of OpenAI's is the session's model."""
+        own: str = self.values.get("model", self.name)
+        return self.models[model if model is not None and model in self.models else own]
 
     def manner(self, response: Json | None = None) -> Manner:
         """How a reply is made: as the session says, but for what `response.create` does.
@@ -277,6 +286,7 @@ class Config:
             speaks=options["output_modalities"] == ["audio"],
             most=None if limit == "inf" else limit,
             format=FORMATS[output["format"]["type"]],
+            adapter=self._adapter(),
         )
 
 

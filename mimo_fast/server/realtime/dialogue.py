@@ -60,12 +60,14 @@ class Turns:
         interrupts: Speech interrupts the reply.
         idle_ms: Silence after a reply that is answered too; None for never.
         transcribes: What the user said is transcribed.
+        adapter: That transcripts are computed with; None for the model itself.
     """
 
     answers: bool = True
     interrupts: bool = True
     idle_ms: int | None = None
     transcribes: bool = False
+    adapter: str | None = None
 
 
 @dataclass
@@ -329,8 +331,9 @@ class Dialogue:
             return
         text = ""
         try:
+            how = said, wav, self.turns.adapter
             stream = self._service.worker.stream(
-                lambda: self._mind.transcribe(said, wav), priority=Priority.BATCH
+                lambda: self._mind.transcribe(*how), priority=Priority.BATCH
             )
             self._transcripts[item.id] = stream
             async with stream:

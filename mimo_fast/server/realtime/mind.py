@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,7 @@ class Ask:
         most: groups of the reply at most.
         seed: of all draws, 0 ... 2**63 - 1; None draws one.
         temperature, top_p: of the words; None for what the task has.
+        adapter: that it is computed with; None for the model itself.
         reply: filled in as the model remembers the reply.
     """
 
@@ -95,6 +97,7 @@ class Ask:
     seed: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    adapter: str | None = None
     reply: Reply = field(default_factory=Reply)
     usage: Usage = field(default_factory=Usage)
     times: Times = field(default_factory=Times)
@@ -133,7 +136,7 @@ class Mind:
         self._instructed = config.is_trained(DIALOGUE, "system_prompt")
         self._clones = config.is_trained(DIALOGUE, "prompt_speech")
         self._session: Session | None = None
-        self._made: tuple[str | None, Path | None] = (None, None)
+        self._made: tuple[str | None, Path | None, str | None] = (None, None, None)
         self._turns: list[Reply] = []  # of the session, the oldest of which it may have dropped
 
     @property
@@ -149,7 +152,7 @@ class Mind:
 
     def _answer_aloud(self, ask: Ask) -> Generator[Piece, None, None]:
         began = perf_counter()
-        yield from self._encode(ask.said, ask.seed)
+        yield from self._encode(ask.said, ask.adapter, ask.seed)
         speech = _joined([said.speech for said in ask.said if said.speech is not None])
         session = self._follow(ask)
         ask.times.encode = perf_counter() - began
@@ -214,11 +217,12 @@ class Mind:
         """The session, whose turns are those before the question."""
         self._take_back()
         system = ask.instructions if self._instructed else None
-        made = system, ask.voice if self._clones else None
+        made = system, ask.voice if self._clones else None, ask.adapter
         if self._session is None or self._made != made:
             voice = None if made[1] is None else voice_speech(self._model, made[1])
             samplers = self._samplers(ask, TASKS[DIALOGUE].sampler)
-            self._session = Session(self._model.pipeline, system, voice, ask.seed, samplers)
+            how = ask.seed, samplers, False, ask.adapter
+            self._session = Session(self._model.pipeline, system, voice, *how)
             self._made, self._turns = made, []
         session = self._session
         if not self.remembers:
@@ -232,15 +236,17 @@ class Mind:
             for mine, there in zip(shown, session.exchanges, strict=True)
         )
         if not same:
-            session.restart([self._exchange(*each) for each in ask.before])
+            session.restart([self._exchange(*each, ask.adapter) for each in ask.before])
             # Of some there was no room for.
             self._turns = wanted
         return session
 
-    def _exchange(self, said: tuple[Said, ...], reply: Reply, text: str) -> Exchange:
+    def _exchange(
+        self, said: tuple[Said, ...], reply: Reply, text: str, adapter: str | None
+    ) -> Exchange:
         """A turn for the session; of a reply that was written, its words alone."""
         if reply.exchange is None:
-            for _ in self._encode(said):
+            for _ in self._encode(said, adapter):
                 pass
             user = _joined([each.speech for each in said if each.speech is not None])
             shape = self._model.audio_channels, 0
@@ -250,13 +256,15 @@ class Mind:
             reply.exchange = Exchange(user, ids[:, self._model.group_size :])
         return reply.exchange
 
-    def _encode(self, contents: Sequence[Said], seed: int | None = None) -> Iterator[Piece]:
+    def _encode(
+        self, contents: Sequence[Said], adapter: str | None, seed: int | None = None
+    ) -> Iterator[Piece]:
         """Gives each content its codes; texts are said first, a group at a time."""
         for said in contents:
             if said.speech is not None:
                 continue
             if said.wav is None:
-                said.speech = yield from self._say_to_itself(said.text or HELLO, seed)
+                said.speech = yield from self._say_to_itself(said.text or HELLO, adapter, seed)
             else:
                 self.encode(said)
 
@@ -266,7 +274,9 @@ class Mind:
         if wav is not None and said.speech is None:
             said.speech = self._model.speech(wav)
 
-    def _say_to_itself(self, text: str, seed: int | None = None) -> Generator[Piece, None, Speech]:
+    def _say_to_itself(
+        self, text: str, adapter: str | None, seed: int | None = None
+    ) -> Generator[Piece, None, Speech]:
         """A text as speech that nobody else hears: its pieces are rows of one batch, as many as
         the model has room for, and their codes are heard as they are.
 
@@ -283,7 +293,7 @@ class Mind:
                 while texts and len(rows) < model.setup.max_batch:
                     piece = texts.popleft().strip()
                     ids = pipeline.ids(task.prompt(context, piece))
-                    sequence = pipeline.sequence(seed)
+                    sequence = pipeline.sequence(seed, adapter)
                     sequence.add(ids)
                     most = LEAST_GROUPS + GROUPS_A_TOKEN * len(model.tokenizer.encode(piece))
                     reply = pipeline.start(sequence, samplers, stops, most)
@@ -310,15 +320,14 @@ class Mind:
         kept = [word for word in words if word in known]
         return " ".join(kept) if kept and len(kept) >= KNOWN * len(words) else HELLO
 
-    def _say(self, text: str, voice: Path | None = None) -> ChunkStream:
+    def _say(self, text: str, ask: Ask) -> ChunkStream:
         """A text as speech for the user."""
-        model = self._model
+        model, voice = self._model, ask.voice
+        how: dict[str, Any] = {"lookahead": "elastic", "adapter": ask.adapter}
         if voice is not None and model.lm.config.is_trained("tts_sft", "prompt_speech"):
             speech = voice_speech(model, voice)
-            return model.stream(
-                "tts", text, lookahead="elastic", read_text_only=False, prompt_speech=speech
-            )
-        return model.stream("tts", text, split=True, lookahead="elastic")
+            return model.stream("tts", text, read_text_only=False, prompt_speech=speech, **how)
+        return model.stream("tts", text, split=True, **how)
 
     def _answer_in_text(self, ask: Ask) -> Generator[Piece, None, None]:
         model, said = self._model, ask.said
@@ -327,10 +336,10 @@ class Mind:
         task = TASKS[TEXTS if self.converses and not spoken else IN_TEXT]
         began = perf_counter()
         heard = [each for each in said if each.spoken or not self.converses]
-        yield from self._encode(heard, ask.seed)
+        yield from self._encode(heard, ask.adapter, ask.seed)
         ask.times.encode = perf_counter() - began
         prompt = model.pipeline.packed(self._texts(ask), task.sampler)
-        sequence = model.conversation(ask.seed)
+        sequence = model.conversation(ask.seed, ask.adapter)
         sequence.add(prompt)
         began = perf_counter()
         stops = task.stop_ids(model.tokenizer.special)
@@ -350,7 +359,7 @@ class Mind:
 
     def _read_out(self, words: str, ask: Ask) -> Iterator[Piece]:
         """The reply in the session's voice; its text comes with its first audio."""
-        with closing(self._say(words, ask.voice)) as stream:
+        with closing(self._say(words, ask)) as stream:
             for chunk in stream:
                 ask.usage.audio_out = chunk.timing.groups
                 shown, words = (words, "") if len(chunk.audio) else ("", words)
@@ -370,7 +379,7 @@ class Mind:
             turns[0] = role, [UserText(ask.instructions), "\n\n", *contents]
         return text_reply(turns)
 
-    def transcribe(self, said: Said, wav: Tensor) -> Iterator[str]:
+    def transcribe(self, said: Said, wav: Tensor, adapter: str | None = None) -> Iterator[str]:
         """The words of what the user said, a group at a time.
 
         Short speech is a row beside the reply, and shares its codes; longer speech is cut at its
@@ -378,7 +387,7 @@ class Mind:
         """
         pipeline, rate = self._model.pipeline, self._model.codec.sample_rate
         if len(wav) / rate > longest_piece(pipeline):
-            with closing(self._model.transcript(wav)) as segments:
+            with closing(self._model.transcript(wav, adapter=adapter)) as segments:
                 before = ""
                 for _ in segments:
                     new, before = segments.joined[len(before) :], segments.joined
@@ -387,7 +396,8 @@ class Mind:
         if said.speech is None:
             said.speech, said.wav = self._model.speech(wav), None
         most = GROUPS + math.ceil(GROUPS_A_SECOND * len(wav) / rate)
-        with closing(self._model.stream("asr", said.speech, max_new_tokens=most)) as stream:
+        how: dict[str, Any] = {"max_new_tokens": most, "adapter": adapter}
+        with closing(self._model.stream("asr", said.speech, **how)) as stream:
             for chunk in stream:
                 yield chunk.text
 

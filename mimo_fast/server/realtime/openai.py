@@ -55,6 +55,7 @@ class Client:
     Args:
         state: of the application.
         sessions: updates of its settings.
+        model: its name; None for the application's own.
 
     Attributes:
         handlers: What is done with a client's events, by their types.
@@ -65,10 +66,12 @@ class Client:
         ApiError: a value of them is wrong.
     """
 
-    def __init__(self, state: Any, kind: Kind, sessions: Iterable[Json] = ()) -> None:
+    def __init__(
+        self, state: Any, kind: Kind, sessions: Iterable[Json] = (), model: str | None = None
+    ) -> None:
         self._state, self._service = state, state.service
         self._longest: int = state.settings.max_text_chars
-        self.config = new_config(state, kind)
+        self.config = new_config(state, kind, model)
         for session in sessions:
             self.config.update(session)
         self._conversation = new_id("conv")
@@ -358,8 +361,8 @@ class Client:
         self.put(kind, item_id=item_id, content_index=0, error=error.body())
 
 
-def new_config(state: Any, kind: Kind) -> Config:
-    """The default settings of a session of an application.
+def new_config(state: Any, kind: Kind, model: str | None = None) -> Config:
+    """The default settings of a session of an application, with the model of this name.
 
     Raises:
         ApiError: the model cannot answer, and a session of this kind does.
@@ -374,8 +377,8 @@ def new_config(state: Any, kind: Kind) -> Config:
         path: Path | None = voice.path
         return path
 
-    longest = state.settings.max_text_chars
-    return Config(kind, new_id("sess"), state.service.name, find, longest)
+    service, longest = state.service, state.settings.max_text_chars
+    return Config(kind, new_id("sess"), model or service.name, service.models, find, longest)
 
 
 def _bytes(audio: str, param: str) -> bytes:

@@ -71,8 +71,10 @@ MOST_CHANNELS = 4
 class Talk(Client):
     """The session of a call: as `Client`, but that the server plays its replies itself."""
 
-    def __init__(self, state: Any, kind: Kind, sessions: list[Json]) -> None:
-        super().__init__(state, kind, sessions)
+    def __init__(
+        self, state: Any, kind: Kind, sessions: list[Json], model: str | None = None
+    ) -> None:
+        super().__init__(state, kind, sessions, model)
         self.speaker = Speaker(PCM.rate, self._started, self._stopped)
         del self.handlers["input_audio_buffer.append"]
         if kind == "realtime":
@@ -130,12 +132,19 @@ class Call:
         state: of the application.
         sessions: updates of the session's settings.
         secret: by which it was made; None for the server's key.
+        model: its name; None for the application's own.
     """
 
     def __init__(
-        self, state: Any, kind: Kind, sessions: list[Json], secret: ClientSecret | None
+        self,
+        state: Any,
+        kind: Kind,
+        sessions: list[Json],
+        secret: ClientSecret | None,
+        model: str | None = None,
     ) -> None:
         self._state, self._kind, self._sessions, self.secret = state, kind, sessions, secret
+        self._model = model
         self.id = new_id("rtc")
         self._answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._over, self._reason = asyncio.Event(), ""
@@ -183,7 +192,7 @@ class Call:
     async def _run(self, offer: str) -> None:
         try:
             async with self._state.sessions.place(), self._state.keeper.used():
-                self._talk = Talk(self._state, self._kind, self._sessions)
+                self._talk = Talk(self._state, self._kind, self._sessions, self._model)
                 await self._hold(offer)
         except Exception as error:
             if self._answered.done():

@@ -34,6 +34,7 @@ class Manner:
         instructions: For all of a session's replies.
         asked: Of one reply: what it is to be about where the user has said nothing new.
         most: Groups of a reply at most.
+        adapter: That they are computed with; None for the model itself.
     """
 
     instructions: str | None = None
@@ -43,6 +44,7 @@ class Manner:
     speaks: bool = True
     most: int | None = None
     format: Format = PCM
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def ask_about(items: Sequence[Item], manner: Manner) -> Ask:
     if not said:
         said = before[-1][0] if before else (Said(HELLO),)
     instructions = "\n".join(filter(None, system)) or None
-    return Ask(before, said, instructions, manner.voice, manner.speaks, manner.most)
+    how = manner.voice, manner.speaks, manner.most
+    return Ask(before, said, instructions, *how, adapter=manner.adapter)
 
 
 def sounds(mind: Mind, ask: Ask, format: Format) -> Iterator[Sound]:

@@ -10,7 +10,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from mimo_fast.server.checks import Json
 from mimo_fast.server.errors import ApiError
-from mimo_fast.server.models import check_model
+from mimo_fast.server.models import find_model
 from mimo_fast.server.realtime.config import TRANSCRIBERS, Kind
 from mimo_fast.server.realtime.openai import Client
 
@@ -24,11 +24,11 @@ async def realtime(websocket: WebSocket) -> None:
     kind: Kind = "transcription" if asked == "transcription" else "realtime"
     if sessions:
         kind = sessions[0]["type"]
-    model = websocket.query_params.get("model")
+    model, service = websocket.query_params.get("model"), state.service
     try:
         if model is not None and not (kind == "transcription" and model in TRANSCRIBERS):
-            check_model(state.service, model)
-        client = Client(state, kind, sessions)
+            service = find_model(service, model)
+        client = Client(state, kind, sessions, service.name)
     except ApiError as error:
         await websocket.send_denial_response(JSONResponse({"error": error.body()}, error.status))
         return

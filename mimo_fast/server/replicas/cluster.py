@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from mimo_fast.errors import ConfigError, MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.server.logs import log, set_up_logs
+from mimo_fast.server.service import Service
 from mimo_fast.server.serving import PROMPT, listen, url_of
 from mimo_fast.server.settings import Settings
 
@@ -60,7 +61,7 @@ LEAVING = 30.0
 
 def serve_replicas(
     load: Callable[[], MimoAudio],
-    name: str,
+    make: Callable[[MimoAudio], Service],
     settings: Settings,
     gpus: float,
     announce: Callable[[str], None],
@@ -69,6 +70,7 @@ def serve_replicas(
 
     Args:
         load: loads the model, in each replica; it is pickled.
+        make: makes its service of it; it is pickled too.
         gpus: of each replica.
         announce: called with the address once it answers.
 
@@ -86,7 +88,7 @@ def serve_replicas(
         # Ray has put handlers of its own in their place.
         stopping.handle()
         try:
-            _run(settings, load, name, gpus, port)
+            _run(settings, load, make, gpus, port)
             announce(url)
             stopping.wait()
         except KeyboardInterrupt:
@@ -217,7 +219,11 @@ def check_resources(ray: Any, settings: Settings, gpus: float) -> None:
 
 
 def _run(
-    settings: Settings, load: Callable[[], MimoAudio], name: str, gpus: float, port: int
+    settings: Settings,
+    load: Callable[[], MimoAudio],
+    make: Callable[[MimoAudio], Service],
+    gpus: float,
+    port: int,
 ) -> None:
     from ray import serve
     from ray.serve._private import api as ray_api
@@ -238,7 +244,7 @@ def _run(
         logging_config=quiet,
         controller_options={"runtime_env": {"env_vars": environment}},
     )
-    serve.run(deployment(load, name, settings, gpus), name=APPLICATION, route_prefix="/")
+    serve.run(deployment(load, make, settings, gpus), name=APPLICATION, route_prefix="/")
 
 
 def _certificate(settings: Settings) -> dict[str, str]:

@@ -44,15 +44,20 @@ class Replica:
 
     Args:
         load: loads the model.
-        name: the model's name for clients.
+        make: makes its service of it.
     """
 
-    def __init__(self, load: Callable[[], MimoAudio], name: str, settings: Settings) -> None:
+    def __init__(
+        self,
+        load: Callable[[], MimoAudio],
+        make: Callable[[MimoAudio], Service],
+        settings: Settings,
+    ) -> None:
         set_up_logs(settings.log_level)
         bind_to_node()
         self._settings, self._load = settings, load
         self._tag = serve.get_replica_context().replica_tag
-        self._service = Service(load(), name)
+        self._service = make(load())
         self._app: Starlette | None = None
         self._draining: asyncio.Task[None] | None = None
         log("replica begun", replica=self._tag, pid=os.getpid())
@@ -154,7 +159,10 @@ class Replica:
 
 
 def deployment(
-    load: Callable[[], MimoAudio], name: str, settings: Settings, gpus: float
+    load: Callable[[], MimoAudio],
+    make: Callable[[MimoAudio], Service],
+    settings: Settings,
+    gpus: float,
 ) -> serve.Application:
     """What Ray Serve is to run.
 
@@ -184,7 +192,7 @@ def deployment(
     )
     # Its paths are not files of every node's: a certificate is the proxies' alone.
     inner = replace(settings, ssl_certfile=None, ssl_keyfile=None)
-    return made.bind(load, name, inner)
+    return made.bind(load, make, inner)
 
 
 def bind_to_node() -> None:

@@ -310,7 +310,7 @@ from mimo_fast.server.settings import Settings
 scaled = {"replicas": 5, "min_replicas": 2, "max_replicas": 4, "target_ongoing": 6.0}
 for options in ({"replicas": 3}, scaled):
     settings = Settings(drain_seconds=7.0, **options)
-    made = deployment(print, "nano", settings, 0.25)._bound_deployment
+    made = deployment(print, print, settings, 0.25)._bound_deployment
     config = made._deployment_config
     scaling = config.autoscaling_config
     print(json.dumps({
