@@ -70,8 +70,10 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
     triple = [(speech, speech, "hello")]
     converting: Arguments = {"seed": 1, "max_new_tokens": 3}
 
-    def converted(examples: Any = triple, instruction: Any = "say", **arguments: Any) -> list[Any]:
-        return [*model.converter(examples, instruction).stream(**arguments)]
+    def converted(
+        examples: Any = triple, instruction: Any = "say", adapter: Any = None, **arguments: Any
+    ) -> list[Any]:
+        return [*model.converter(examples, instruction, adapter).stream(**arguments)]
 
     transcribing = {"template": 0, "seed": 1, "max_new_tokens": 3, "language": None}
     transcribing |= {"adapter": None}
@@ -304,12 +306,19 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
                 "examples": triple,
                 "instruction": "voice",
                 "output": output,
+                "adapter": None,
                 **converting,
             },
         ),
         "MimoAudio.converter": (
             converted,
-            {"audio": speech, "examples": triple, "instruction": "say", **converting},
+            {
+                "audio": speech,
+                "examples": triple,
+                "instruction": "say",
+                "adapter": None,
+                **converting,
+            },
         ),
         "Converter.stream": (
             converted,

@@ -66,8 +66,8 @@ def test_it_is_the_task_on_recordings_whose_level_is_set(fresh, examples):
 def test_a_second_recording_is_all_that_is_encoded_and_prefilled(fresh, examples, monkeypatch):
     sequences, begin = [], fresh.pipeline.sequence
 
-    def noted(seed=None):
-        sequences.append(begin(seed))
+    def noted(*given):
+        sequences.append(begin(*given))
         return sequences[-1]
 
     monkeypatch.setattr(fresh.pipeline, "sequence", noted)

@@ -197,7 +197,7 @@ def test_a_set_is_listed_and_used(serve, folder: Path, request_: list[Part], mon
     # An instruction of the request's own is in place of the set's.
     asked = list[str]()
     monkeypatch.setattr(
-        MimoAudio, "converter", lambda _model, given: asked.append(given.instruction)
+        MimoAudio, "converter", lambda _model, given, **_how: asked.append(given.instruction)
     )
     ask(server, [*parts, ("instruction", "voice")])
     ask(server, parts)
