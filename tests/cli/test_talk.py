@@ -386,6 +386,6 @@ def test_ctrl_c_silences_it_at_once(capsys, card):
 
 def test_what_play_goes_with(capsys, card, tmp_path):
     assert "give -o FILE, --play, or both" in error(capsys, "tts", "seven", code=2)
-    assert "--play goes with neither" in error(capsys, "tts", "a", "--play", "-o", "-", code=2)
+    assert "--play does not go with -o -" in error(capsys, "tts", "a", "--play", "-o", "-", code=2)
     told = error(capsys, "tts", "seven", "--device-out", "1", "-o", tmp_path / "a.wav", code=2)
     assert "--device-out goes with --play" in told

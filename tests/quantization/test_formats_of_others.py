@@ -122,7 +122,7 @@ def test_rows_at_a_time_change_nothing(tmp_path, monkeypatch, form):
 
 
 def test_a_model_is_made_of_it(outcome):
-    config, _, stored = open_lm(outcome[1])
+    config, _, stored, _ = open_lm(outcome[1])
     LM(config, 0, source_of(outcome[1]))
     assert len(stored) == sum(KEPT[outcome[0]].values())
 
