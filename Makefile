@@ -10,6 +10,9 @@ WORKERS := -n 2 --dist worksteal
 # their own, so those tests run by themselves.
 APART := tests/interpreted tests/kernels/test_compile_matrix.py tests/server/clients tests/server/browser tests/server/replicas
 
+# What `make test` has of Triton's interpreter, and the rest of it in `make check`.
+KITS := tests/interpreted/test_asr.py tests/interpreted/test_adapters.py tests/interpreted/test_unmerged_adapters.py
+
 # Tests run the CUDA kernels' source on the CPU and compile it apart; the library is built where there is a GPU for it.
 export MIMO_FAST_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,none)
 
@@ -24,7 +27,7 @@ RAY := .venv/ray
 # Where the pins of these folders hold.
 PINNED := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
 
-.PHONY: demo test check kernels aarch64 bench soak nano dist lint types unit slow golden interpreted compiled oldest clients alone browser pictures ray clean
+.PHONY: demo test check kernels aarch64 bench soak nano dist lint types unit kits slow golden interpreted compiled oldest clients alone browser pictures ray clean
 
 # Of AUDIO, TEXT, MODEL and CODEC any may be given.
 demo: $(READY)
@@ -35,7 +38,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks suite
 
 # Before every commit: at most six minutes on two cores.
-test: lint types unit
+test: lint types unit kits
 
 # Before a merge: all that `make test` leaves out; for aarch64 where there are a compiler and an emulator. The parts run side by
 # side, and what needs the machine to itself comes after them.
@@ -81,11 +84,16 @@ types: $(READY)
 unit: $(READY)
 	$(PYTEST) $(WORKERS) -m 'not slow' $(APART:%=--ignore=%)
 
+# The kits of the ASR model and of adapters on the Triton path: what takes seconds.
+kits: $(READY)
+	TRITON_INTERPRET=1 $(PYTEST) $(WORKERS) -m 'not slow' $(KITS)
+
 slow: $(READY)
 	$(PYTEST) $(WORKERS) -m slow $(APART:%=--ignore=%)
 
 interpreted: $(READY)
-	TRITON_INTERPRET=1 $(PYTEST) $(WORKERS) tests/interpreted --ignore=tests/interpreted/test_model.py
+	TRITON_INTERPRET=1 $(PYTEST) $(WORKERS) tests/interpreted --ignore=tests/interpreted/test_model.py $(KITS:%=--ignore=%)
+	TRITON_INTERPRET=1 $(PYTEST) $(WORKERS) -m slow $(KITS)
 
 # The parity kit with every op on its Triton path, in one process: stages share what they compute.
 golden: $(READY)

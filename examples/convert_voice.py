@@ -6,14 +6,13 @@
 
 Pairs of one speaker and another ask for voice conversion; of noise and silence behind the same
 words, for denoising; of slow and fast speech, for speed. Use voices that may be used. The base
-model is made for it; nano says again in its own voice what it hears.
+model is made for it; nano says again in its own voice what it hears. `mimo-fast convert` does the
+same, for several recordings, and keeps examples as sets.
 """
 
 import argparse
 
 import mimo_fast
-
-INSTRUCTION = "Convert the timbre of the input speech to target timbre."
 
 
 def main() -> None:
@@ -23,23 +22,23 @@ def main() -> None:
     parser.add_argument(
         "--example", nargs=3, action="append", required=True, metavar=("IN", "OUT", "WORDS")
     )
-    parser.add_argument("--instruction", default=INSTRUCTION)
+    kinds = "in words, or voice, emotion, style, speed, denoise, translation"
+    parser.add_argument("--instruction", default="voice", help=f"what the pairs show: {kinds}")
     parser.add_argument("--model", help="directory or hub id; by default nano")
     parser.add_argument("--codec", help="directory or hub id")
     parser.add_argument("--seed", type=int, help="says the same again")
     args = parser.parse_args()
-    names = ("input_audio", "output_audio", "output_transcription")
-    examples = [dict(zip(names, example, strict=True)) for example in args.example]
 
     with mimo_fast.load(args.model, args.codec) as model:
-        words = model.in_context_learning_s2s(
-            args.instruction,
-            examples,
+        converted = mimo_fast.convert(
+            model,
             args.recording,
-            output_audio_path=args.output,
+            args.example,
+            instruction=args.instruction,
+            output=args.output,
             seed=args.seed,
         )
-    print(words)
+    print(converted.text)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mimo_fast.audio.writing import save_wav
     from mimo_fast.batches import BatchResult, batch
     from mimo_fast.config import CodecConfig, LMConfig
+    from mimo_fast.conversion import Conversion, convert
     from mimo_fast.errors import (
         AudioError,
         BusyError,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from mimo_fast.generation import generate
     from mimo_fast.mimo_audio import MimoAudio, load
     from mimo_fast.runtime.codec.model import Codec
+    from mimo_fast.runtime.conversion import Converter
     from mimo_fast.runtime.engine.stream import Chunk, ReplyText, Timing
     from mimo_fast.runtime.lm.model import LM
     from mimo_fast.runtime.session import Session
@@ -75,6 +77,8 @@ __all__ = [
     "Codec",
     "CodecConfig",
     "ConfigError",
+    "Conversion",
+    "Converter",
     "DecodeLimits",
     "DeviceMemoryError",
     "LMConfig",
@@ -90,6 +94,7 @@ __all__ = [
     "Timing",
     "accelerate",
     "batch",
+    "convert",
     "generate",
     "load",
     "load_audio",
@@ -106,6 +111,7 @@ _HOMES = {
     "audio.writing": ("save_wav",),
     "batches": ("BatchResult", "batch"),
     "config": ("CodecConfig", "LMConfig"),
+    "conversion": ("Conversion", "convert"),
     "errors": (
         "AudioError",
         "BusyError",
@@ -121,6 +127,7 @@ _HOMES = {
     "generation": ("generate",),
     "mimo_audio": ("MimoAudio", "load"),
     "runtime.codec.model": ("Codec",),
+    "runtime.conversion": ("Converter",),
     "runtime.engine.stream": ("Chunk", "ReplyText", "Timing"),
     "runtime.lm.model": ("LM",),
     "runtime.session": ("Session",),

@@ -35,6 +35,8 @@ from mimo_fast.audio.paths import (
 from mimo_fast.audio.writing import check_output
 from mimo_fast.errors import AudioError
 from mimo_fast.mimo_audio import STREAM_OPTIONS, MimoAudio
+from mimo_fast.runtime.conversion import Converter
+from mimo_fast.runtime.engine.stream import ChunkStream
 from mimo_fast.runtime.transcription import TranscriptStream
 from mimo_fast.sampling import check_seed
 from mimo_fast.text.tasks import find_task
@@ -45,6 +47,11 @@ RECORD = "results.jsonl"
 
 TRANSCRIBE = "transcribe"
 """Besides the tasks of `MimoAudio.stream`: recordings of any length, as `MimoAudio.transcript`."""
+
+CONVERT = "convert"
+"""Recordings converted by the same examples, as `MimoAudio.converter`."""
+
+CONVERT_OPTIONS = frozenset({"examples", "instruction", "adapter", "max_new_tokens", "priority"})
 
 TRANSCRIBE_OPTIONS = frozenset({"template", "max_new_tokens", "language", "adapter"})
 
@@ -100,11 +107,14 @@ def batch(
 
     Args:
         task: of `MimoAudio.stream`: "tts", "asr", ...; or "transcribe" for recordings of any
-            length, cut at pauses as `MimoAudio.transcript` cuts them.
+            length, cut at pauses as `MimoAudio.transcript` cuts them; or "convert" for recordings
+            to be converted by the same `examples`, and `instruction`, of `MimoAudio.converter`, or
+            by a `Converter` as examples.
         requests: what to say or to hear, or a mapping of the task's arguments, each.
         folder: gets the audio, 0000.wav for the first request, and `results.jsonl`. Requests that
-            it has already are not computed again, and not returned. Of "transcribe" it gets the
-            transcripts, talk.txt for talk.wav, and what is there already is kept.
+            it has already are not computed again, and not returned. Of "transcribe" and "convert"
+            files have the names of their recordings, talk.txt or talk.wav for talk.flac, and what
+            is there already is kept.
         seed: request i has seed + i, so that each says the same again by itself.
         suffix: of audio files [.wav]; of transcripts .txt, .json, .srt, .vtt or .tsv [.txt].
         overwrite: whether what the folder has already is computed again.
@@ -113,12 +123,13 @@ def batch(
             these replies, unless it is `priority="listener"`.
 
     Raises:
-        ValueError: there is no such task, or two recordings have one name.
+        ValueError: there is no such task, or two recordings have one name, or that of a result.
         TypeError: it has no such option, or `requests` is one request.
-        AudioError: the folder cannot be written.
+        AudioError: the folder cannot be written, or an example cannot be used.
     """
-    if task == TRANSCRIBE:
-        refuse_unknown(options, TRANSCRIBE_OPTIONS, f"batch({task!r})")
+    if task in (TRANSCRIBE, CONVERT):
+        own = TRANSCRIBE_OPTIONS if task == TRANSCRIBE else CONVERT_OPTIONS
+        refuse_unknown(options, own, f"batch({task!r})")
     else:
         known = names_of(find_task(task).prompt, bound=True) or frozenset()
         refuse_unknown(options, known | STREAM_OPTIONS, f"batch({task!r})")
@@ -128,9 +139,18 @@ def batch(
         kind = type(requests).__name__
         raise TypeError(f"batch: requests must be a list of them, not one {kind}: put it into []")
     wanted = list(enumerate(requests))
+    if task == CONVERT:
+        if "examples" not in options:
+            raise TypeError("batch('convert') needs examples")
+        given = options.pop("examples")
+        how = options.pop("instruction", None), options.pop("adapter", None)
+        ready = isinstance(given, Converter) and how == (None, None)
+        options["converter"] = given if ready else model.converter(given, *how)
     record: _Record | None = None
     if folder is not None and task == TRANSCRIBE:
         record = _Transcripts(Path(folder), suffix or ".txt", wanted)
+    elif folder is not None and task == CONVERT:
+        record = _Named(Path(folder), suffix or ".wav", wanted)
     elif folder is not None:
         record = _Record(Path(folder), suffix or ".wav")
     if record is not None and not overwrite:
@@ -158,7 +178,8 @@ class _Batch:
 
     def results(self, wanted: list[tuple[int, Any]], progress: bool) -> Iterator[BatchResult]:
         running, record = self._running, self._record
-        work: Work = self._transcribe if self._task == TRANSCRIBE else self._reply
+        works: dict[str, Work] = {TRANSCRIBE: self._transcribe, CONVERT: self._convert}
+        work = works.get(self._task, self._reply)
         hidden = None if progress else True
         bar = tqdm(total=len(wanted), desc=self._task, unit="request", disable=hidden, leave=False)
         with bar, ThreadPoolExecutor(self._slots) as workers:
@@ -202,9 +223,19 @@ class _Batch:
 
     def _reply(self, index: int, request: Any) -> BatchResult:
         positional, given = self._arguments(index, request)
-        words, audio = [], []
         options = {"priority": "batch", **self._options, **given}
-        with closing(self._model.stream(self._task, *positional, **options)) as chunks:
+        return self._spoken(index, self._model.stream(self._task, *positional, **options))
+
+    def _convert(self, index: int, request: Any) -> BatchResult:
+        positional, given = self._arguments(index, request)
+        options = {"priority": "batch", **self._options, **given}
+        converter: Converter = options.pop("converter")
+        return self._spoken(index, converter.stream(*positional, **options))
+
+    def _spoken(self, index: int, stream: ChunkStream) -> BatchResult:
+        """Reads a reply to its end."""
+        words, audio = [], []
+        with closing(stream) as chunks:
             for chunk in chunks:
                 words.append(chunk.text)
                 audio.append(chunk.audio)
@@ -313,14 +344,10 @@ class _Record:
         return self._folder / f"{index:04}{self._suffix}"
 
 
-class _Transcripts(_Record):
-    """The folder of a batch of transcripts, each named as its recording."""
+class _Named(_Record):
+    """The folder of a batch of recordings, each result with the name of its recording."""
 
     def __init__(self, folder: Path, suffix: str, wanted: Sequence[tuple[int, Any]]) -> None:
-        forms = {ending: form for form, ending in SUFFIXES.items()}
-        if suffix not in forms:
-            raise ValueError(f"transcripts end in {', '.join(forms)}, not {suffix!r}")
-        self.write = WRITERS[forms[suffix]]
         self._files = dict[int, Path]()
         named = dict[str, str]()
         for index, request in wanted:
@@ -330,7 +357,11 @@ class _Transcripts(_Record):
                 stem = Path(os.fsdecode(audio)).stem
             if named.setdefault(stem, _fingerprint(audio)) != _fingerprint(audio):
                 raise ValueError(f"{stem}{suffix} would be written twice: rename a recording")
-            self._files[index] = folder / f"{stem}{suffix}"
+            self._files[index] = file = folder / f"{stem}{suffix}"
+            if isinstance(audio, str | os.PathLike) and os.path.realpath(audio) == str(
+                file.parent.resolve() / file.name
+            ):
+                raise ValueError(f"{file} is a recording and would be overwritten")
         super().__init__(folder, suffix)
 
     def has(self, index: int, request: Any) -> bool:
@@ -343,6 +374,17 @@ class _Transcripts(_Record):
         for file in self._files.values():
             if os.path.lexists(file):
                 check_writable(file)
+
+
+class _Transcripts(_Named):
+    """Transcripts, of which the suffix chooses the format."""
+
+    def __init__(self, folder: Path, suffix: str, wanted: Sequence[tuple[int, Any]]) -> None:
+        forms = {ending: form for form, ending in SUFFIXES.items()}
+        if suffix not in forms:
+            raise ValueError(f"transcripts end in {', '.join(forms)}, not {suffix!r}")
+        self.write = WRITERS[forms[suffix]]
+        super().__init__(folder, suffix, wanted)
 
 
 def _fingerprint(request: Any) -> str:

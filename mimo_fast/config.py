@@ -93,6 +93,9 @@ class LMConfig:
     reply_limits: tuple[tuple[str, float, float], ...] = field(default=(), repr=False)
     """A task, by the same keys; groups; and groups more a second that is heard: where a reply ends
     by default. Without one it is where the context does."""
+    example_instructions: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """Names and texts of the instructions that it was trained with to convert speech by example;
+    empty where the checkpoint states nothing, see `text.templates.CONVERSIONS`."""
     architecture: Architecture = field(default=MIMO_AUDIO, repr=False)
     dtype: str | None = field(default=None, repr=False)
     """That its weights are to be computed in, as the checkpoint states."""
@@ -164,6 +167,7 @@ class LMConfig:
             trained_tasks=read.names("trained_tasks") or architecture.tasks,
             confidence=_calibrations(read, "confidence"),
             reply_limits=read.limits("reply_limits"),
+            example_instructions=read.texts("example_instructions"),
             architecture=architecture,
             dtype=read.dtype(),
             adapters=read.names(ADAPTERS_KEY),

@@ -176,6 +176,13 @@ class ConfigReader:
             raise self.wrong(key, "an object")
         return value
 
+    def texts(self, key: str) -> tuple[tuple[str, str], ...]:
+        """Names and their texts; the key is this project's, empty if it is missing."""
+        found = self.mapping(key)
+        if not all(isinstance(text, str) and text.strip() for text in found.values()):
+            raise self.wrong(key, "an object of texts")
+        return tuple(found.items())
+
     def numbers(self, key: str, where: str, value: Any, count: int) -> tuple[float, ...]:
         """`count` numbers in a list below a key."""
         given = list(value) if isinstance(value, list | tuple) else []

@@ -39,12 +39,15 @@ from mimo_fast.json_files import shown
 from mimo_fast.runtime.codec.finite import checked_samples
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.voice import Voice
+from mimo_fast.runtime.conversion import NAME as BY_EXAMPLE
+from mimo_fast.runtime.conversion import Converter
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.engine.policy import Priority
 from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, iterate_async
 from mimo_fast.runtime.engine.voicing import Listening
+from mimo_fast.runtime.examples import ExampleSet, read_examples
 from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.loading import LoadOptions, load_parts
@@ -398,6 +401,30 @@ class MimoAudio:
     def restore_session(self, path: PathLike) -> Session:
         """Reads a dialogue that `Session.save` wrote, with its cache; see `Session.restore`."""
         return Session.restore(self.pipeline, Path(path), self._samplers("spoken_dialogue"))
+
+    def converter(
+        self,
+        examples: Iterable[Any] | str | os.PathLike[str] | ExampleSet,
+        instruction: str | None = None,
+        adapter: str | None = None,
+    ) -> Converter:
+        """Speech to speech by example, for several recordings: the examples are computed once.
+
+        Args:
+            examples: at most 16 of (before, after) or (before, after, words of after), recordings
+                as everywhere; upstream's mappings; or the folder of a set. Words that are missing
+                are transcribed.
+            instruction: what they show, in words or by one of the names "voice", "emotion",
+                "style", "speed", "denoise" and "translation"; None for the set's or "voice".
+            adapter: that converts, see `load`; words that are missing the model itself hears.
+
+        Raises:
+            AudioError, ConfigError, PromptError: an example cannot be used; the message names it.
+        """
+        read = read_examples(examples)
+        chosen = read.instruction if instruction is None else instruction
+        read = replace(read, instruction=chosen)
+        return Converter(self.pipeline, read, self._samplers(TASKS[BY_EXAMPLE].sampler), adapter)
 
     def conversation(self, seed: int | None = None, adapter: str | None = None) -> TokenSequence:
         """An empty sequence for `decode`."""

@@ -1,6 +1,7 @@
 """Fixtures that every test may use. Nothing here may be changed by a test: copy before altering."""
 
 import copy
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from variants import VARIANTS, Loaded
 
 import mimo_fast
+from mimo_fast.kernels.cuda import graph_conditional, library
 from mimo_fast.runtime.engine.engine import Engine
 from mimo_fast.runtime.lm.decode import Limits
 from mimo_fast.sampling import GREEDY
@@ -88,9 +90,10 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The library of CUDA kernels, compiled for the CPU."""
-    return compiled_once(tmp_path_factory, "cuda", sorted(SOURCES.glob("*.cu")))
+    path = compiled_once(tmp_path_factory, "cuda", sorted(SOURCES.glob("*.cu")))
+    return graph_conditional.declared(library.declared(ctypes.CDLL(str(path))))
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,16 @@ ROOMS = (
     ),
     *("audio", "text", "checkpoint", "kernels", "sampling", "quantization"),
     *("runtime.device", "runtime.lm", "runtime.codec", "runtime.engine", "runtime"),
-    *("generation", "upstream", "acceleration", "history", "mimo_audio", "batches", ""),
+    *(
+        "generation",
+        "upstream",
+        "acceleration",
+        "history",
+        "mimo_audio",
+        "conversion",
+        "batches",
+        "",
+    ),
     *("testing", "bench", "server", "talk", "cli", "__main__"),
 )
 """From the ground up: a room imports itself and those before it. "" is `mimo_fast/__init__.py`."""

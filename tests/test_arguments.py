@@ -23,15 +23,16 @@ from mimo_fast.text.tasks import TASKS, find_task
 
 CLASSES = (
     mimo_fast.DecodeLimits,
-    *(mimo_fast.MimoAudio, mimo_fast.Session, mimo_fast.Codec, mimo_fast.LM),
+    *(mimo_fast.MimoAudio, mimo_fast.Session, mimo_fast.Codec, mimo_fast.LM, mimo_fast.Converter),
     *(mimo_fast.CodecConfig, mimo_fast.LMConfig, mimo_fast.MiMoSampler, mimo_fast.MiMoStopper),
     DecodeLimits,
 )
 FUNCTIONS = (
     *(mimo_fast.load, mimo_fast.generate, mimo_fast.accelerate),
     *(mimo_fast.load_audio, mimo_fast.prepare_speech, mimo_fast.save_wav, mimo_fast.batch),
+    mimo_fast.convert,
 )
-RESULTS = {"BatchResult", "Chunk", "ReplyText", "Timing"}
+RESULTS = {"BatchResult", "Chunk", "Conversion", "ReplyText", "Timing"}
 """Public classes that callers get and do not make."""
 
 

@@ -353,6 +353,15 @@ def test_what_a_checkpoint_states_of_its_training():
             parsed("lm", **{key: wrong})
 
 
+def test_example_instructions_are_texts_by_name():
+    assert parsed("lm").example_instructions == ()
+    found = parsed("lm", example_instructions={"voice": "Say it again", "answer": "Answer"})
+    assert found.example_instructions == (("voice", "Say it again"), ("answer", "Answer"))
+    for wrong in (["voice"], {"voice": 1}, {"voice": " "}, "voice"):
+        with pytest.raises(ConfigError, match="'example_instructions' must be an object"):
+            parsed("lm", example_instructions=wrong)
+
+
 def test_greedy_tasks_are_names():
     assert parsed("lm").greedy_tasks == ()
     assert parsed("lm", greedy_tasks=["tts"]).greedy_tasks == ("tts",)

@@ -62,6 +62,16 @@ TASKS: dict[str, Call] = {
     "upstream's generate": lambda m, **o: m.model.generate(
         m.get_text_dialogue_sft_prompt("hello"), **o
     ).tolist(),
+    "convert": lambda m, **o: mimo_fast.convert(m, AUDIO, [example()], **o).text,
+    "converter": lambda m, adapter=None, **o: [
+        each.audio.tolist() for each in m.converter([example()], adapter=adapter).stream(AUDIO, **o)
+    ],
+    "batch convert": lambda m, **o: [
+        each.text
+        for each in mimo_fast.batch(
+            m, "convert", [AUDIO], progress=False, examples=[example()], **o
+        )
+    ],
     "batch": lambda m, **o: [
         each.text for each in mimo_fast.batch(m, "text_dialogue", ["hello"], progress=False, **o)
     ],
@@ -81,7 +91,7 @@ class TestTasks:
         assert got != call(model, **LIMITS)
 
     def test_name_those_that_there_are(self, tuned, model, task):
-        if task.startswith("batch"):
+        if task in ("batch", "batch transcribe"):
             (got,) = mimo_fast.batch(tuned, "tts", ["hello"], progress=False, adapter="qkv")
             assert "did you mean 'qkvo'" in str(got.error)
             return

@@ -168,6 +168,9 @@ class Recipe:
         results = evaluate.evaluate(load, self.data(), count, MEASURES, target)
         calibrated = json.loads((self.directory / "confidence.json").read_text(encoding="utf-8"))
         more = {"confidence": calibrated, "recordings": self._recordings()}
+        if (path := self.directory / "by-example.json").exists():
+            # Of `python -m benchmarks.studies.by_example`.
+            more["by_example"] = json.loads(path.read_text(encoding="utf-8"))
         about = card(pair, results | more, self.sizes)
         (pair / "README.md").write_text(about, encoding="utf-8")
         print(f"wrote {target} and {pair / 'README.md'}", file=sys.stderr)

@@ -67,6 +67,7 @@ def _measured(results: Results) -> dict[str, Any]:
         "pace": _pace(results["pace"]),
         "confidence": confidence_table(results["confidence"]),
         "recordings": recordings_table(results.get("recordings", {})),
+        "by_example": by_example_table(results.get("by_example", {})),
         "mistaken": mistaken(results["confidence"]),
     }
 
@@ -103,9 +104,36 @@ def recordings_table(records: Mapping[str, Results]) -> str:
     return _table([f"words wrong of {count} sentences", *records], rows)
 
 
+def by_example_table(record: Results) -> str:
+    """Words wrong of conversions by the command (`benchmarks/studies/by_example.py`)."""
+    rows = [
+        (
+            what,
+            _percent(found["wrong"]),
+            " to ".join(map(_percent, found["interval"])),
+            f"{found['words']:,}",
+            f"{found['conversions']:,} of {found['sentences']}",
+            _percent(found["flite"]),
+        )
+        for kind, what in BY_EXAMPLE.items()
+        if (found := record.get(kind))
+    ]
+    heads = ["", "words wrong", "95% interval", "words", "conversions, of sentences", "the floor"]
+    return _table(heads, rows) if rows else "Not measured."
+
+
+BY_EXAMPLE = {
+    "card": "the dialogue's answers",
+    "varied": "the same, at other rates and pitches",
+    "held out": "held-out sentences",
+}
+"""What is said again, by the kinds of `benchmarks/studies/by_example.py`."""
+
+
 def _word_errors(results: Results) -> str:
     tts, asr, dialogue = (results[name] for name in ("text_to_speech", "transcription", "dialogue"))
     streaming = results["streaming"]["word_error_rate"]
+    by_example = results.get("by_example", {}).get("card", {}).get("wrong")
     rows = {
         "text to speech, heard by the recogniser": tts["word_error_rate"]["model"],
         "the same sentences by flite (the floor)": tts["word_error_rate"]["flite"],
@@ -118,7 +146,9 @@ def _word_errors(results: Results) -> str:
         "transcription of flite in the voice that the model speaks in": asr["own_voice"],
         "spoken answers to spoken questions, heard by the recogniser": dialogue["heard"],
         "the text of these answers": dialogue["text"],
-        "said again by example, heard by the recogniser": results["examples"]["heard"],
+        "said again by example, heard by the recogniser": (
+            results["examples"]["heard"] if by_example is None else by_example
+        ),
     }
     shares = [(name, _percent(rate)) for name, rate in rows.items()]
     return _table(["", "words that are wrong"], shares)

@@ -15,7 +15,7 @@ from . import codec, decoder, lm
 from .data import Part
 from .loop import trained_tensors
 from .parameters import Tensors, build_codec, config_json
-from .tokenizer import build_tokenizer
+from .tokenizer import S2S_INSTRUCTIONS, build_tokenizer
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 UPSTREAM = {"tie_word_embeddings": False, "model_type": "mimo_audio"}
@@ -46,6 +46,10 @@ STATED = {
         "speech2text_dialogue_sft",
         "in_context_learning_s2s",
     ],
+    "example_instructions": {
+        "voice": S2S_INSTRUCTIONS["echoes"],
+        "answer": S2S_INSTRUCTIONS["questions"],
+    },
 }
 """What the language model's config states besides its dimensions, see `LMConfig`."""
 

@@ -50,6 +50,8 @@ DTYPES = {
 DENSE = ("F32", "F16", "BF16", "F64")
 """Types of tensors that are computed with, in the order in which errors name them."""
 
+GGUF_FIX = "convert it with `mimo-fast quantize FILE.gguf OUT --speech-from DIR` and load OUT"
+
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -74,6 +76,8 @@ def find_checkpoint(
         raise TypeError(f"a checkpoint is a directory or a hub id OWNER/NAME, not a {kind}")
     directory = Path(text := os.fspath(source)).expanduser()
     # These are False for whatever the system does not take as a path.
+    if os.path.isfile(directory) and directory.suffix == ".gguf":
+        raise CheckpointError(f"{directory} holds a backbone alone: {GGUF_FIX}")
     if os.path.isfile(directory):
         raise CheckpointError(
             f"{directory} is a file: give the directory that holds it and config.json"
@@ -107,6 +111,8 @@ def _require_files(directory: Path) -> None:
         )
     if ".safetensors" not in suffixes:
         problem = "no *.safetensors: copy the weights there or download them again"
+        if ".gguf" in suffixes:
+            problem = f"only GGUF files: {GGUF_FIX}"
         if suffixes & {".bin", ".pt", ".pth"}:
             problem = "only PyTorch .bin/.pt weights: only safetensors are read, convert them"
         raise CheckpointError(f"{directory} has {problem}")
@@ -226,7 +232,7 @@ class Weights:
             elif name in expected and dtype not in DENSE:
                 faults["not floating point"].append(f"{name} is {dtype}")
         named = ((kind, items) for kind, items in faults.items() if items)
-        if found := "; ".join(f"{len(items)} {kind} ({_abridge(items)})" for kind, items in named):
+        if found := "; ".join(f"{len(items)} {kind} ({abridge(items)})" for kind, items in named):
             raise CheckpointError(
                 f"{self.directory}: the tensors are not those of config.json: {found}: "
                 "use the config.json that belongs to these weights, or download both again"
@@ -281,7 +287,7 @@ def open_weights(directory: str | os.PathLike[str]) -> Weights:
         return Weights(directory, _open_shards(index))
     files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
     if len(files) > 1:
-        found = _abridge([path.name for path in files])
+        found = abridge([path.name for path in files])
         raise CheckpointError(
             f"{directory} has several safetensors files ({found}) but no {INDEX_FILE}: add it"
         )
@@ -304,7 +310,7 @@ def _open_shards(index: Path) -> dict[str, Any]:
         tensors[shard] = set(shards[shard].keys())
     absent = [f"{name} from {shard}" for name, shard in table.items() if name not in tensors[shard]]
     if absent:
-        problem = f"{index} lists tensors absent from their shards ({_abridge(absent)})"
+        problem = f"{index} lists tensors absent from their shards ({abridge(absent)})"
         raise CheckpointError(f"{problem}: download it again")
     # In the order of the shards, which that of the index need not be.
     return {name: shards[shard] for name, shard in sorted(table.items(), key=lambda item: item[1])}
@@ -413,7 +419,8 @@ def _file_header(
     return len(text).to_bytes(8, "little") + text
 
 
-def _abridge(items: list[str]) -> str:
+def abridge(items: list[str]) -> str:
+    """The first of these names, and how many more there are, for an error."""
     more = len(items) - NAMES_SHOWN
     return ", ".join(cut(item) for item in items[:NAMES_SHOWN]) + (
         f" and {more} more" if more > 0 else ""

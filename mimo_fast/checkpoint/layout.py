@@ -12,6 +12,19 @@ Counts = dict[str, tuple[str, int]]
 """Pattern of tensor names with a number in its group -> (key of config.json, how many it says)."""
 
 
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Modules of a layer whose matrices are row blocks of one product, so of one format."""
+
+
+def joined(name: str) -> tuple[str, ...]:
+    """Names of the matrices that are computed as one with this one, itself among them."""
+    head, _, module = name.removesuffix(".weight").rpartition(".")
+    for modules in JOINED:
+        if module in modules:
+            return tuple(f"{head}.{each}.weight" for each in modules)
+    return (name,)
+
+
 def lm_counts(config: LMConfig) -> Counts:
     """What config.json counts: `lm_shapes` has entries for each, so they are compared first."""
     return {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_fast.audio.paths import (
+    FORMATS,
     check_folder,
     check_readable,
     check_target,
@@ -87,7 +88,7 @@ def numbered(output: Path, turns: int) -> list[Path]:
 def check_arguments(args: argparse.Namespace) -> None:
     """Checks texts and files, and completes what depends on several arguments.
 
-    `asr` goes on without the recordings that cannot be read: they become `args.problems`.
+    `asr` and `convert` go on without recordings that cannot be read: they become `args.problems`.
 
     Raises:
         AudioError: an input cannot be read.
@@ -97,11 +98,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     args.before = [each for folder in args.folders for each in _contents(folder)]
     if args.module == "talk":
         _check_talk(args)
-    outputs = [getattr(args, name, None) for name in ("output", "json", "save")]
+    outputs = [getattr(args, name, None) for name in ("output", "json", "save", "save_examples")]
     args.writes = any(file is not None for file in (*outputs, *args.folders))
     if args.module == "chat" and not args.text:
         args.turns = [path(turn) for turn in args.turns]
-    for name in ("text", "question", "system", "instruct", "turns", "instructions"):
+    if args.module == "convert":
+        _split_examples(args)
+    texts = "text", "question", "system", "instruct", "turns", "instructions", "instruction"
+    for name in (*texts, "words", "consent"):
         for text in _several(getattr(args, name, None)):
             if isinstance(text, str) and not _is_text(text):
                 args.parser.error(f"the {name} is not valid UTF-8: {text!a:.80}")
@@ -118,22 +122,22 @@ def check_arguments(args: argparse.Namespace) -> None:
     inputs = _inputs(args)
     if args.module == "asr":
         _check_transcripts(args)
+    if args.module == "convert":
+        _check_conversion(args)
     if args.module == "tts":
         if (args.text is None) == (args.lines is None):
             args.parser.error("give a text, or --lines with a file of them")
         if args.lines and (args.voice or args.lookahead != "exact"):
             args.parser.error("--lines goes with neither --voice nor --lookahead")
-        if args.output is None and not args.play:
-            args.parser.error("give -o FILE, --play, or both")
-        if args.play and (args.lines or args.output == STANDARD):
-            args.parser.error("--play goes with neither --lines nor -o -")
-        if args.device_out and not args.play:
-            args.parser.error("--device-out goes with --play")
-    _check_overlap(args, inputs, _check_outputs(args))
+        if args.play and args.lines:
+            args.parser.error("--play does not go with --lines")
+        _check_heard(args)
+    examples = [file for pair in getattr(args, "pairs", ()) for file in pair[:2]]
+    _check_overlap(args, [*inputs, *examples], _check_outputs(args))
     if [*map(str, inputs), getattr(args, "text", "")].count("-") > 1:
         args.parser.error("standard input can be given once")
     args.problems = _unreadable(inputs)
-    if args.problems and (args.module != "asr" or len(inputs) == 1):
+    if args.problems and (args.module not in ("asr", "convert") or len(inputs) == 1):
         raise next(iter(args.problems.values()))
 
 
@@ -196,7 +200,7 @@ def _check_outputs(args: argparse.Namespace) -> list[Path]:
             for file in files:
                 if os.path.lexists(file):
                     check_writable(file)
-        elif args.module == "asr":
+        elif getattr(args, "targets", None) or args.module == "asr":
             files = list(args.targets.values())
             if args.resumes:
                 check_folder(output)
@@ -253,6 +257,65 @@ def _check_talk(args: argparse.Namespace) -> None:
         args.voice = path(args.voice)
 
 
+def _split_examples(args: argparse.Namespace) -> None:
+    """Adds `pairs`, (in, out, words or None) of each --example, and `words`.
+
+    What follows is TEXT unless it is, or has the name of, a recording; recordings go to `audio`.
+    """
+    args.pairs, error = list[tuple[Path, Path, str | None]](), args.parser.error
+    for given in args.example or ():
+        if len(given) < 2:
+            error(f"argument --example: {given[0]:.80} is IN alone: give OUT, what became of it")
+        source, target, *rest = given
+        words = rest.pop(0) if rest and not _is_recording(rest[0]) else None
+        if words is not None and not words.strip():
+            error("argument --example: TEXT is empty: give the words of OUT, or leave it out")
+        args.pairs.append((path(source), path(target), words))
+        args.audio += map(path, rest)
+    args.words = [words for _, _, words in args.pairs if words]
+
+
+def _is_recording(text: str) -> bool:
+    return text == "-" or os.path.isfile(path(text)) or Path(text).suffix.lower() in FORMATS
+
+
+def _check_conversion(args: argparse.Namespace) -> None:
+    """Options of a conversion that contradict each other; adds `targets` of several recordings."""
+    error, several = args.parser.error, len(args.audio) > 1
+    if bool(args.pairs) == bool(args.examples):
+        error("give --example IN OUT [TEXT], or --examples DIR/NAME")
+    if args.instruction is not None and not args.instruction.strip():
+        error("argument --instruction: it is empty")
+    if args.save_examples and args.examples:
+        error("--save-examples keeps what --example gives: leave --examples out")
+    if bool(args.save_examples) != (args.consent is not None):
+        error("--save-examples and --consent go together")
+    args.targets, args.resumes = {}, False
+    if not args.audio and args.save_examples:
+        if args.output or args.play:
+            error("give a recording to convert")
+        return
+    if not args.audio:
+        error("give a recording to convert")
+    if several and (args.play or args.output in (None, STANDARD)):
+        error("several recordings go to files: name a folder with -o")
+    _check_heard(args)
+    if several or (args.output is not None and args.output.is_dir()):
+        _add_targets(args, ".wav")
+    if args.resumes and STANDARD in args.audio:
+        error("standard input goes to a file of its own: name one with -o")
+
+
+def _check_heard(args: argparse.Namespace) -> None:
+    """Where speech goes: a file, the speaker or both."""
+    if args.output is None and not args.play:
+        args.parser.error("give -o FILE, --play, or both")
+    if args.play and args.output == STANDARD:
+        args.parser.error("--play does not go with -o -")
+    if args.device_out and not args.play:
+        args.parser.error("--device-out goes with --play")
+
+
 def _check_transcripts(args: argparse.Namespace) -> None:
     """Adds `targets`, the file of each recording, and whether what is there is kept: `resumes`."""
     if bool(args.audio) == args.live:
@@ -265,13 +328,16 @@ def _check_transcripts(args: argparse.Namespace) -> None:
     if several and not args.output and args.format in ("srt", "vtt", "tsv"):
         args.parser.error(f"several recordings in {args.format} go to files: name a folder with -o")
     args.targets, args.resumes = {}, False
-    if args.output is None:
-        return
-    args.resumes = several or args.output.is_dir()
+    if args.output is not None:
+        _add_targets(args, SUFFIXES[args.format])
+
+
+def _add_targets(args: argparse.Namespace, suffix: str) -> None:
+    args.targets, args.resumes = {}, len(args.audio) > 1 or args.output.is_dir()
     for recording in args.audio or [STANDARD]:
         stem = "standard input" if recording == STANDARD else recording.stem
-        name = f"{stem}{SUFFIXES[args.format]}"
-        args.targets[recording] = args.output / name if args.resumes else args.output
+        target = args.output / f"{stem}{suffix}" if args.resumes else args.output
+        args.targets[recording] = target
 
 
 def _check_overlap(args: argparse.Namespace, inputs: list[Path], outputs: list[Path]) -> None:

@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from mimo_fast.cli.playing import Aloud
 from mimo_fast.cli.process import StandardStream, written
 from mimo_fast.cli.reports import say
 from mimo_fast.cli.trained import check_asked, untrained
-from mimo_fast.config import PathLike
+from mimo_fast.config import LMConfig, PathLike
 from mimo_fast.errors import MimoFastError
 from mimo_fast.mimo_audio import MimoAudio
 from mimo_fast.runtime.engine.sequence import in_seconds
@@ -95,15 +95,24 @@ def find_pair(args: argparse.Namespace) -> tuple[PathLike, PathLike]:
 
 
 def load_model(
-    args: argparse.Namespace, quantization: Any = None, max_batch: int | None = 1
+    args: argparse.Namespace,
+    quantization: Any = None,
+    max_batch: int | None = 1,
+    check: Callable[[LMConfig], None] | None = None,
 ) -> MimoAudio:
-    """The model of the options; `quantization` replaces theirs, None as `max_batch` what fits."""
+    """The model of the options; `quantization` replaces theirs, None as `max_batch` what fits.
+
+    check: raises for a model that is not to be loaded.
+    """
     device, (lm, codec) = find_device(args.device), find_pair(args)
     if Path(lm).parent != NANO:
         say(f"loading {lm} and {codec}")
     options, chosen = load_options(args, max_batch), quantization or args.quantization
     # Before its weights are read.
-    check_asked(open_lm(find(lm, options))[0], args)
+    config = open_lm(find(lm, options))[0]
+    check_asked(config, args)
+    if check is not None:
+        check(config)
     model = MimoAudio(lm, codec, device, dtype=args.dtype, quantization=chosen, **options)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(model.lm.config))

@@ -141,10 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     tts = command("tts", "Say a text.")
     tts.add_argument("text", nargs="?", help="what to say; '-' reads it from standard input")
     _add_output(tts, required=False, note="; with --lines a folder")
-    aloud = "hear it on this machine's speaker while it is made"
-    tts.add_argument("--play", action="store_true", help=aloud)
-    chosen = "with --play: number, or part of the name [the default]"
-    tts.add_argument("--device-out", metavar="DEVICE", help=f"speaker {chosen}")
+    _add_playing(tts)
     each = "say each line of a file: -o is a folder, what is there already is kept"
     tts.add_argument("--lines", type=path, metavar="FILE", help=each)
     at_once = "lines said at once [4, or as many as fit]"
@@ -197,6 +194,9 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--text", action="store_true", help="turns are texts and so are the replies")
     _add_thinking(chat, "with --text: let the model think before it answers")
     _add_generation_options(chat)
+
+    example = "Convert speech as examples show it: voice, emotion, style, speed, language, noise."
+    _add_convert_options(command("convert", example, PUBLISHED_BASE))
 
     talk = command("talk", "Talk with the model: microphone, speaker, interruption.")
     _add_talk_options(talk)
@@ -258,11 +258,24 @@ def build_parser() -> argparse.ArgumentParser:
     init.add_argument("--seed", type=seed, default=0)
 
     smaller = "Write a language model's checkpoint in a smaller format"
-    pack = command("quantize", f"{smaller}; GPTQ and bitsandbytes NF4 are imported.", None)
+    theirs = "what GPTQ, AutoRound, bitsandbytes, compressed-tensors, FP8 or GGUF hold is imported"
+    pack = command("quantize", f"{smaller}; {theirs}.", None)
     pack.set_defaults(folder="target")
-    pack.add_argument("source", metavar="IN", help="directory or hub id of the language model")
+    pack.add_argument(
+        "source", metavar="IN", help="directory or hub id of the language model, or a GGUF file"
+    )
     pack.add_argument("target", type=path, metavar="OUT", help="directory to write into")
-    pack.add_argument("--format", choices=("int8", "int4", "nf4"), default="int4", help="[int4]")
+    pack.add_argument(
+        "--format",
+        choices=("int8", "int4", "nf4"),
+        help="of what is not packed yet [int4; what is imported keeps its values]",
+    )
+    pack.add_argument(
+        "--speech-from",
+        type=path,
+        metavar="DIR",
+        help="the dense checkpoint that a GGUF file was converted from, for its speech parts",
+    )
     _add_hub_options(pack)
 
     join = "Merge a fine-tune's PEFT adapter into a language model's checkpoint."
@@ -289,6 +302,36 @@ def build_parser() -> argparse.ArgumentParser:
 
     command("info", "Describe this machine, the kernels and a checkpoint pair.")
     return parser
+
+
+def _add_convert_options(parser: argparse.ArgumentParser) -> None:
+    what = "recordings to convert, 30 s each; - for standard input"
+    parser.add_argument("audio", type=path, nargs="*", metavar="WAV", help=what)
+    shows = (
+        "a recording, what became of it, and the words of the latter [the model hears them]; "
+        "repeatable, up to 16. Recordings that follow it are those to convert"
+    )
+    parser.add_argument(
+        "--example", nargs="+", action="append", metavar=("IN OUT", "TEXT"), help=shows
+    )
+    kept = "examples that --save-examples or the server keeps, in place of --example"
+    parser.add_argument("--examples", type=path, metavar="DIR/NAME", help=kept)
+    words = (
+        "what the examples show, in words or one of voice, emotion, style, speed, denoise, "
+        "translation [the set's, or voice]"
+    )
+    parser.add_argument("--instruction", metavar="TEXT", help=words)
+    _add_output(parser, required=False, note="; folder for several, what is there already is kept")
+    parser.add_argument("--overwrite", action="store_true", help="convert again what is there")
+    at_once = "recordings converted at once [4, or as many as fit]"
+    parser.add_argument("--streams", type=positive, metavar="N", help=at_once)
+    _add_playing(parser)
+    _add_lookahead(parser)
+    save = "keep the examples as a set, of which --consent says who allowed it"
+    parser.add_argument("--save-examples", type=path, metavar="DIR/NAME", help=save)
+    note = "with --save-examples: who allowed the use of these recordings, and for what"
+    parser.add_argument("--consent", metavar="TEXT", help=note)
+    _add_generation_options(parser)
 
 
 def _add_talk_options(parser: argparse.ArgumentParser) -> None:
@@ -406,6 +449,13 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-tokens", type=positive, metavar="N", help="stop after N groups (audio: 160 ms each)"
     )
+
+
+def _add_playing(parser: argparse.ArgumentParser) -> None:
+    aloud = "hear it on this machine's speaker while it is made"
+    parser.add_argument("--play", action="store_true", help=aloud)
+    chosen = "with --play: number, or part of the name [the default]"
+    parser.add_argument("--device-out", metavar="DEVICE", help=f"speaker {chosen}")
 
 
 def _add_lookahead(parser: argparse.ArgumentParser) -> None:

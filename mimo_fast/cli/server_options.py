@@ -20,7 +20,7 @@ from mimo_fast.server.settings import (
 GROUPS = {
     "address": ("host", "port", "ssl_certfile", "ssl_keyfile", "self_signed", "ice_servers"),
     "access": ("api_key", "allowed_origins", "allowed_hosts"),
-    "voices": ("voices", "allow_voice_upload"),
+    "voices": ("voices", "allow_voice_upload", "examples"),
     "Home Assistant": ("wyoming", "wyoming_clients"),
     "limits": (
         *("max_sessions", "max_requests", "queue_seconds", "max_connections", "max_rate"),
@@ -33,6 +33,8 @@ GROUPS = {
     ),
     "running": ("keep_alive", "drain_seconds", "log_level", "log_words"),
 }
+
+FOLDERS = "voices", "examples"
 
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
@@ -155,9 +157,9 @@ def _metavar(each: Field[Any]) -> str:
         return "|".join(each.metadata["choices"])
     if isinstance(each.default, int | float):
         return {"bytes": "BYTES", "time": "TIME"}.get(each.metadata.get("unit", ""), "N")
-    return {"host": "ADDRESS", "api_key": "KEY", "voices": "DIR", "ray_address": "ADDRESS"}.get(
-        each.name, "FILE"
-    )
+    known = {"host": "ADDRESS", "api_key": "KEY", "ray_address": "ADDRESS"}
+    known |= dict.fromkeys(FOLDERS, "DIR")
+    return known.get(each.name, "FILE")
 
 
 def _reader(each: Field[Any]) -> Callable[[str], Any]:
@@ -178,7 +180,7 @@ def _reader(each: Field[Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text:.40}") from error
         if isinstance(each.default, tuple):
             return tuple(filter(None, (part.strip() for part in text.split(","))))
-        if each.name in ("voices", "ssl_certfile", "ssl_keyfile"):
+        if each.name in (*FOLDERS, "ssl_certfile", "ssl_keyfile"):
             return Path(os.path.expanduser(text)) if text else None
         # A plain text: that of a variable knows its name, and is not for other processes.
         return str(text) if text else each.default

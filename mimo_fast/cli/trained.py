@@ -11,6 +11,7 @@ TASKS = {
     "chat": "spoken_dialogue_sft",
     "talk": "spoken_dialogue_sft",
     "carry_on": "speech_continuation",
+    "convert": "in_context_learning_s2s",
     "demo": "tts_sft",
 }
 """The task of each command's module."""

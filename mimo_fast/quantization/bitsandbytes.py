@@ -89,12 +89,13 @@ def packed_matrices(weights: Weights, shapes: Shapes, about: Mapping[str, Any]) 
         state = {field: weights.get(f"{name}.{field}") for field in present}
         return from_bitsandbytes(weights.get(name), state)
 
-    return PackedMatrices(
-        shapes={name: tuple(state["shape"]) for name, state in states.items()},
-        formats={name: Format("nf4", group) for name, group in groups.items() if group},
-        dtypes={name: getattr(torch, state["dtype"]) for name, state in states.items()},
-        get=get,
-    )
+    found = PackedMatrices(get)
+    for name, state in states.items():
+        form = Format("nf4", groups[name]) if groups[name] else None
+        parts = [name, *(f"{name}.{field}" for field in FIELDS)]
+        found.add(name, tuple(state["shape"]), form, parts)
+        found.dtypes[name] = getattr(torch, state["dtype"])
+    return found
 
 
 def _functional() -> ModuleType:

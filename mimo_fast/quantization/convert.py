@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.checkpoint.files import SHARD_BYTES, open_weights, write_checkpoint
+from mimo_fast.checkpoint.files import SHARD_BYTES, write_checkpoint
 from mimo_fast.checkpoint.folder import check_new_folder, new_folder
 from mimo_fast.checkpoint.hub import copy_companions
-from mimo_fast.checkpoint.layout import Shapes, lm_counts, lm_shapes
+from mimo_fast.checkpoint.layout import Shapes, lm_shapes
+from mimo_fast.checkpoint.names import open_lm_weights
 from mimo_fast.config import LMConfig, PathLike, read_json
 from mimo_fast.errors import CheckpointError
 from mimo_fast.kernels.cpu import library as native
@@ -177,8 +178,8 @@ def quantize_checkpoint(
         raise CheckpointError(
             f"{source} was quantized by another tool: import_checkpoint converts it"
         )
-    config, weights = LMConfig.from_dict(raw, str(source / "config.json")), open_weights(source)
-    weights.check_counts(lm_counts(config))
+    config = LMConfig.from_dict(raw, str(source / "config.json"))
+    weights = open_lm_weights(source, config)
     weights.validate(shapes := lm_shapes(config))
     formats = chosen.formats(shapes)
     hide = None if progress else True

@@ -7,8 +7,8 @@ matrices under `mimo_fast_quantization`.
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -175,21 +175,36 @@ CHOICES: dict[str, dict[str, str]] = {
 """The formats of a name; int4's text embeddings would be a fifth of the checkpoint in bfloat16."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedMatrices:
     """The matrices that another tool left packed in a checkpoint, by upstream's names.
 
     Args:
+        get: one matrix, in our form or as a dense float32 tensor.
+
+    Attributes:
         shapes: of every packed matrix.
         formats: our form of those that one can hold; the others are unpacked.
-        dtypes: of those when unpacked, and of packed tensors whose dtype is not the usual one.
-        get: one matrix, in our form or as a dense float32 tensor.
+        dtypes: of those when unpacked, where not config.json's, and of packed tensors whose dtype
+            is not the usual one.
+        parts: names of the tensors in the files that these are made of, or that are not needed.
+        remarks: what of the checkpoint is not done here, a line each.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
-    formats: dict[str, Format]
-    dtypes: dict[str, torch.dtype]
     get: Callable[[str], QuantizedWeight | Tensor]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    formats: dict[str, Format] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    parts: set[str] = field(default_factory=set)
+    remarks: list[str] = field(default_factory=list)
+
+    def add(
+        self, name: str, shape: tuple[int, ...], form: Format | None, parts: Iterable[str]
+    ) -> None:
+        self.shapes[name] = shape
+        self.parts.update(parts)
+        if form:
+            self.formats[name] = form
 
 
 def importable_group(size: int, columns: int) -> int | None:

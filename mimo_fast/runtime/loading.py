@@ -16,9 +16,9 @@ from mimo_fast.checkpoint.layout import (
     codec_counts,
     codec_shapes,
     codec_training_state,
-    lm_counts,
     lm_shapes,
 )
+from mimo_fast.checkpoint.names import open_lm_weights
 from mimo_fast.config import (
     ROPE_FREQUENCIES,
     CodecConfig,
@@ -306,9 +306,7 @@ def open_lm(
             f"`mimo-fast quantize {directory} OUT` and load OUT"
         )
     config, stored = LMConfig.from_dict(raw, str(path)), stored_formats(raw, str(path))
-    weights = open_weights(directory)
-    weights.check_counts(lm_counts(config))
-    shapes = lm_shapes(config)
+    weights, shapes = open_lm_weights(directory, config), lm_shapes(config)
     for name, chosen in stored.items():
         shape = shapes.get(name, ())
         if len(shape) != 2 or chosen.fit(shape[1]) != chosen:

@@ -30,6 +30,7 @@ from mimo_fast.runtime.engine.sequence import TokenSequence
 from mimo_fast.runtime.engine.stream import ChunkStream, ReplyText, read_reply, stream_reply
 from mimo_fast.runtime.engine.voicing import Listening, ReplyReader
 from mimo_fast.runtime.gathering import Gathering
+from mimo_fast.runtime.known_speech import KnownSpeech
 from mimo_fast.runtime.lm.decode import Group, Limits, Samplers
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.memory import Setup
@@ -96,6 +97,7 @@ class Pipeline(FreedWhenClosed):
 
     Attributes:
         presets: Upstream's samplers of each task, greedy where the checkpoint says so.
+        known_speech: Codes and words of recordings of examples.
     """
 
     lm: LM
@@ -108,6 +110,7 @@ class Pipeline(FreedWhenClosed):
     _gathering: Gathering[Waiting, Speech | Exception] = field(
         init=False, default_factory=Gathering
     )
+    known_speech: KnownSpeech = field(init=False, default_factory=KnownSpeech)
     owner: Owner = field(init=False, default_factory=Owner)
 
     def __post_init__(self) -> None:

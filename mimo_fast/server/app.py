@@ -21,6 +21,7 @@ from mimo_fast.server.chat import chat
 from mimo_fast.server.client_secrets import ClientSecrets
 from mimo_fast.server.conversions import conversions
 from mimo_fast.server.errors import ApiError
+from mimo_fast.server.examples import ExampleSets, list_examples
 from mimo_fast.server.health import health, ready
 from mimo_fast.server.keeping import Keeper, free_model, list_loaded
 from mimo_fast.server.limits import SESSION_WAIT, Bounds, Live, Places
@@ -60,7 +61,7 @@ def create_app(
 
     `app.state` has:
         service, settings: the arguments.
-        voices: `Voices`.
+        voices, examples: `Voices` and `ExampleSets`.
         metrics: `Metrics`.
         keeper: `Keeper`.
         requests, sessions: `Places` of requests that compute and of WebSockets.
@@ -101,6 +102,7 @@ def create_app(
     app.router.redirect_slashes = False
     state = app.state
     state.service, state.settings, state.voices = service, settings, Voices(settings.voices)
+    state.examples = ExampleSets(settings.examples)
     state.metrics, state.requests, state.sessions = metrics, requests, sessions
     state.keeper = Keeper(service, load if settings.keep_alive >= 0 else None, settings.keep_alive)
     state.calls, state.client_secrets = dict[str, Any](), secrets
@@ -127,6 +129,7 @@ def _routes() -> list[BaseRoute]:
         Route("/v1/models/{name:path}", model),
         Route("/v1/audio/voices", list_voices),
         Route("/v1/audio/voices", add_voice, methods=["POST"]),
+        Route("/v1/audio/examples", list_examples),
         Route("/v1/audio/speech", speech, methods=["POST"]),
         WebSocketRoute("/v1/audio/speech/stream", speech_stream),
         Route("/v1/audio/transcriptions", transcriptions, methods=["POST"]),

@@ -3,14 +3,14 @@
 instruction, examples (before, after, words after), recording -> the recording, done likewise
 
 OpenAI's API has nothing like it: the endpoint is this server's own. Its fields are those of a form,
-its answers those of `/v1/audio/speech`.
+its answers those of `/v1/audio/speech`. What it does is `runtime/conversion.py`.
 """
 
 from __future__ import annotations
 
 import base64
 from collections.abc import AsyncGenerator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.datastructures import FormData, UploadFile
@@ -21,7 +21,10 @@ from torch import Tensor
 
 from mimo_fast.audio.segments import levelled
 from mimo_fast.errors import AudioError
+from mimo_fast.json_files import shown
+from mimo_fast.runtime.conversion import NAME as TASK
 from mimo_fast.runtime.engine.stream import Chunk
+from mimo_fast.runtime.examples import SECONDS, Example, ExampleSet, check_sound
 from mimo_fast.server.audio import FORMS, decode
 from mimo_fast.server.checks import Json, one_of, refusal
 from mimo_fast.server.checks import text as checked_text
@@ -42,26 +45,7 @@ from mimo_fast.server.service import Service, heard
 from mimo_fast.server.worker import Stream
 from mimo_fast.text.tasks import MAX_EXAMPLES
 
-TASK = "in_context_learning_s2s"
-
-SECONDS = 30.0
-"""Of one recording; all of them share the model's context."""
-
-LEAST_GROUPS, TIMES = 16, 3
-"""A reply has at most so many groups, and so many times those of the longest recording."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """What was said before and after, float32 [n], and the words of the latter."""
-
-    before: Tensor
-    after: Tensor
-    words: str
-
-    def as_task(self) -> dict[str, Any]:
-        named = {"input_audio": self.before, "output_audio": self.after}
-        return named | {"output_transcription": self.words}
+FIELDS_OF_EXAMPLE = "example_before[]", "example_after[]", "example_text[]"
 
 
 @dataclass(frozen=True)
@@ -69,13 +53,14 @@ class Asked:
     """A request, read.
 
     Args:
+        examples: with their instruction.
+        recording: float32 [n] as it was decoded.
         form: a key of `FORMS`.
         events: whether the answer is server-sent events.
         seed: of all draws; None draws one.
     """
 
-    instruction: str
-    examples: tuple[Example, ...]
+    examples: ExampleSet
     recording: Tensor
     form: str
     events: bool
@@ -120,18 +105,8 @@ def _converted(service: Service, asked: Asked) -> Stream[Chunk]:
     """The recording as the examples convert theirs."""
 
     def start() -> Iterator[Chunk]:
-        model = service.model
-        group = model.group_size * model.codec.config.samples_per_frame
-        longest = max(len(asked.recording), *(len(each.after) for each in asked.examples), 0)
-        return model.stream(
-            TASK,
-            asked.instruction,
-            [each.as_task() for each in asked.examples],
-            asked.recording,
-            seed=asked.seed,
-            max_new_tokens=LEAST_GROUPS + TIMES * -(-longest // group),
-            adapter=service.adapter,
-        )
+        converter = service.model.converter(asked.examples, adapter=service.adapter)
+        return converter.stream(asked.recording, seed=asked.seed)
 
     return service.worker.stream(start, seconds=heard)
 
@@ -185,42 +160,62 @@ async def _read(request: Request, service: Service, form: FormData) -> Asked:
     Raises:
         ApiError: one of them is wrong.
     """
-    settings = request.app.state.settings
-    instruction = checked_text(form.get("instruction"), "instruction", settings.max_text_chars)
-    if not instruction.strip():
-        raise refusal("instruction is empty", "instruction")
-    names = "example_before[]", "example_after[]", "example_text[]"
-    before, after, words = (form.getlist(name) for name in names)
-    if not len(before) == len(after) == len(words) <= MAX_EXAMPLES:
-        rule = f"as many of each of {', '.join(names)}, {MAX_EXAMPLES} at most"
-        found = f"{len(before)}, {len(after)} and {len(words)}"
-        raise refusal(f"an example has three fields: send {rule}, not {found}", names[0])
+    examples = await _examples(request, service, form)
     form_of = one_of(form.get("response_format") or "wav", "response_format", FORMS)
     answer = one_of(form.get("stream_format") or "audio", "stream_format", ("audio", "sse"))
     given = form.get("seed")
     seed = int(given) if isinstance(given, str) and given.isdigit() else given
-    examples = list[Example]()
-    for i in range(len(before)):
-        examples.append(
-            Example(
-                await _decoded(service, before[i], f"example_before[{i}]"),
-                await _decoded(service, after[i], f"example_after[{i}]"),
-                checked_text(words[i], f"example_text[{i}]", settings.max_text_chars).strip(),
-            )
-        )
     recording = await _decoded(service, form.get("file"), "file")
     drawn = read_seed({"seed": seed})
-    return Asked(instruction, tuple(examples), recording, form_of, answer == "sse", drawn)
+    return Asked(examples, recording, form_of, answer == "sse", drawn)
+
+
+async def _examples(request: Request, service: Service, form: FormData) -> ExampleSet:
+    """The examples of a form, decoded, or the set that it names."""
+    longest = request.app.state.settings.max_text_chars
+    instruction, name = form.get("instruction"), form.get("examples")
+    if instruction is not None or name is None:
+        instruction = checked_text(instruction, "instruction", longest)
+        if not instruction.strip():
+            raise refusal("instruction is empty", "instruction")
+    before, after, words = (form.getlist(each) for each in FIELDS_OF_EXAMPLE)
+    if name is not None:
+        if before or after or words:
+            problem = "examples names a set: leave out the fields of other examples"
+            raise refusal(problem, "examples")
+        found = request.app.state.examples.find(name)
+        if found is None:
+            problem = f"there is no set of examples {shown(name)}"
+            raise refusal(f"{problem}; GET /v1/audio/examples lists those there are", "examples")
+        given: ExampleSet = await service.threads.decode(found.read)
+        return replace(given, instruction=instruction or given.instruction)
+    if not len(before) == len(after) == len(words) <= MAX_EXAMPLES:
+        rule = f"as many of each of {', '.join(FIELDS_OF_EXAMPLE)}, {MAX_EXAMPLES} at most"
+        counts = f"{len(before)}, {len(after)} and {len(words)}"
+        problem = f"an example has three fields: send {rule}, not {counts}"
+        raise refusal(problem, FIELDS_OF_EXAMPLE[0])
+    examples = list[Example]()
+    for i in range(len(before)):
+        said = checked_text(words[i], f"example_text[{i}]", longest).strip()
+        if not said:
+            problem = f"example_text[{i}] is empty: send the words of example_after[{i}]"
+            raise refusal(problem, f"example_text[{i}]")
+        source = await _decoded(service, before[i], f"example_before[{i}]")
+        target = await _decoded(service, after[i], f"example_after[{i}]")
+        examples.append(Example(levelled(source), levelled(target), said))
+    return ExampleSet(tuple(examples), instruction)
 
 
 async def _decoded(service: Service, file: Any, param: str) -> Tensor:
-    """An uploaded recording -> float32 [n], its level set."""
+    """An uploaded recording -> float32 [n]."""
     if not isinstance(file, UploadFile):
         problem = f"{param} must be an uploaded recording"
         raise refusal(problem, param, "missing_required_parameter")
 
     def read() -> Tensor:
-        return levelled(decode(file.file, service.sample_rate, SECONDS, param, "cut it"))
+        wav = decode(file.file, service.sample_rate, SECONDS, param, "cut it")
+        check_sound(wav, param)
+        return wav
 
     try:
         return await service.threads.decode(read)

@@ -90,6 +90,10 @@ class Settings:
     allow_voice_upload: bool = field(
         default=False, metadata=_about("let clients add voices, with a consent note each")
     )
+    examples: Path | None = field(
+        default=None,
+        metadata=_about("folder of sets of examples by which conversions may be asked for"),
+    )
     allowed_origins: tuple[str, ...] = field(
         default=(),
         metadata=_about("other web pages that may use this server, such as https://app.example"),
@@ -189,6 +193,8 @@ class Settings:
                 raise ConfigError(f"{option_of(name)}: there is no file {file}")
         if self.voices is not None and not self.voices.is_dir():
             raise ConfigError(f"--voices: there is no folder {self.voices}")
+        if self.examples is not None and not self.examples.is_dir():
+            raise ConfigError(f"--examples: there is no folder {self.examples}")
         if self.allow_voice_upload and self.voices is None:
             raise ConfigError("--allow-voice-upload needs --voices DIR, where they are kept")
         self._check_wyoming()

@@ -7,7 +7,6 @@ VOICES/anna.txt      optional: who consented to its use, and to what
 from __future__ import annotations
 
 import os
-import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from mimo_fast.audio.files import DecodeLimits, load_audio
 from mimo_fast.audio.writing import save_wav
 from mimo_fast.errors import ConfigError
+from mimo_fast.runtime.examples import NAME, NOTE, SHORTEST_NOTE, is_note
 from mimo_fast.server.errors import ApiError
 from mimo_fast.server.service import TTS
 
@@ -32,7 +32,6 @@ ALIASES = (
 DEFAULT = "default"
 """The model's own voice, unless the folder has a recording of this name."""
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MOST = 256
 """Voices of a folder at most."""
@@ -40,9 +39,6 @@ MOST = 256
 SAMPLE_RATE = 24000
 SHORTEST, LONGEST = 1.0, 30.0
 """Seconds of an uploaded recording."""
-
-NOTE = 2000
-"""Characters of a consent note at most."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +118,10 @@ class Voices:
             raise ApiError(f"there is a voice {name} already", 409, "voice_exists", "name")
         if len(self._found) >= MOST:
             raise ApiError(f"the server has {MOST} voices already", 409, "voices_full")
-        if not 3 <= len(consent.strip()) <= NOTE:
-            raise ApiError(
-                f"say in 3 to {NOTE} characters who consented to the use of this voice",
-                400,
-                "consent_required",
-                "consent",
-            )
+        if not is_note(consent):
+            rule = f"in {SHORTEST_NOTE} to {NOTE} characters"
+            problem = f"say {rule} who consented to the use of this voice"
+            raise ApiError(problem, 400, "consent_required", "consent")
         wav = load_audio(audio, SAMPLE_RATE, limits=DecodeLimits(LONGEST, 1 << 28))
         if len(wav) < SHORTEST * SAMPLE_RATE:
             problem = f"a voice needs at least {SHORTEST:.0f} s of speech"

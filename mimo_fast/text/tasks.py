@@ -267,6 +267,14 @@ def in_context_learning_s2s(
 
     Examples have input_audio, output_audio and output_transcription.
     """
+    shown = shown_examples(context, instruction, prompt_examples)
+    return [*shown, *done_likewise(context.encode(audio))]
+
+
+def shown_examples(
+    context: PromptContext, instruction: str, prompt_examples: Sequence[Mapping[str, Any]]
+) -> Segments:
+    """The beginning of `in_context_learning_s2s`, which requests by the same examples share."""
     for example in prompt_examples:
         missing = {"input_audio", "output_audio", "output_transcription"} - set(example)
         if missing:
@@ -279,7 +287,12 @@ def in_context_learning_s2s(
         source, target = (context.encode(example[key]) for key in ("input_audio", "output_audio"))
         reply = SpokenReply(context.text(example["output_transcription"]), target.codes)
         segments += [source, "\n", reply, " \n\n"]
-    return [*segments, context.encode(audio), "\n", "<|sostm|>"]
+    return segments
+
+
+def done_likewise(speech: Speech) -> Segments:
+    """The end of `in_context_learning_s2s`: what is to be done as the examples show."""
+    return [speech, "\n", "<|sostm|>"]
 
 
 @_named("speech_continuation")

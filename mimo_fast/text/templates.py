@@ -1,6 +1,20 @@
-"""Request wordings that MiMo-Audio-Instruct was tuned with.
+"""Wordings of requests: those that MiMo-Audio-Instruct was tuned with, and those by example.
 
 Data from upstream, src/mimo_audio/templates.py.
+"""
+
+CONVERSIONS = {
+    "voice": "Convert the timbre of the input speech to target timbre.",
+    "emotion": "Convert the emotion of the input speech to target emotion.",
+    "style": "Convert the speaking style of the input speech to target style.",
+    "speed": "Convert the speed of the input speech to target speed.",
+    "denoise": "Remove the noise from the input speech.",
+    "translation": "Translate the input speech into the target language.",
+}
+"""Instructions of speech to speech by example, by what is converted.
+
+The voice's is upstream's (inference_example_pretrain.py). The others are in its manner: upstream's
+evaluation of these kinds gives the base model examples and no instruction.
 """
 
 ASR_TEMPLATES_IN = {

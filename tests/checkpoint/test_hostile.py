@@ -298,7 +298,7 @@ class TestImports:
     def test_an_unknown_method(self, pair, tmp_path, method):
         configure(pair[0], quantization_config={"quant_method": method})
         message = fault(lambda: import_checkpoint(pair[0], tmp_path / "out", progress=False))
-        assert "only GPTQ and bitsandbytes NF4 are imported" in message
+        assert "and FP8 are imported" in message
         assert len(message) < 700
 
 

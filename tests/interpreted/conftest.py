@@ -13,7 +13,9 @@ import pytest
 import torch
 from launch_counter import Launches
 
+from mimo_fast.kernels import decode_attention
 from mimo_fast.kernels.dispatch import ENVIRONMENT
+from mimo_fast.kernels.matmul import launch
 
 if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -24,6 +26,16 @@ def triton_kernels() -> Iterator[None]:
     """Every op takes its Triton path; references are called by their own names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ENVIRONMENT, "triton")
+        yield
+
+
+@pytest.fixture(scope="module")
+def few_programs() -> Iterator[None]:
+    """Taller tiles and fewer splits than a launch takes, for whole models: the interpreter takes
+    milliseconds a program. Each kernel's own tests take its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "gemv_block_n", lambda *args: 64)
+        patch.setattr(decode_attention, "SPLITS", ((10**9, 4),))
         yield
 
 

@@ -1,7 +1,7 @@
 """Every stage of the kit with every op on its Triton path.
 
-The interpreter takes milliseconds a program: tiles are taller, and what several stages compute
-alike (codes and encoder output of a recording, hidden states after a prompt) is computed once.
+What several stages compute alike (codes and encoder output of a recording, hidden states after a
+prompt) is computed once.
 """
 
 from collections.abc import Callable, Hashable
@@ -12,9 +12,7 @@ import torch
 
 import mimo_fast
 from mimo_fast.errors import AudioError
-from mimo_fast.kernels import decode_attention
 from mimo_fast.kernels.dispatch import use_triton
-from mimo_fast.kernels.matmul import launch as qmatmul_launch
 from mimo_fast.testing import parity as stages
 from mimo_fast.testing.parity import STAGES, Golden, verify
 
@@ -35,13 +33,10 @@ def remembered(function: Callable[..., Any], key: Callable[..., Hashable]) -> Ca
 
 
 @pytest.fixture(scope="module")
-def results(kit, triton_kernels):
+def results(kit, triton_kernels, few_programs):
     assert use_triton(torch.zeros(1))
     model = mimo_fast.load(kit / "checkpoint/lm", kit / "checkpoint/codec", device="cpu")
     with pytest.MonkeyPatch.context() as patch:
-        # Taller tiles and fewer splits than a launch takes; each kernel's own tests take its own.
-        patch.setattr(qmatmul_launch, "gemv_block_n", lambda *args: 64)
-        patch.setattr(decode_attention, "SPLITS", ((10**9, 4),))
         patch.delitem(STAGES, DECODED_AGAIN)
         encode_mel = remembered(model.codec.encode_mel, lambda mel: mel.numpy().tobytes())
         patch.setattr(model.codec, "encode_mel", encode_mel)

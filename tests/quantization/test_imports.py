@@ -122,7 +122,7 @@ def test_gptq_checkpoint(tmp_path, packed, write_config, about):
     for name, values in want.items():
         weight = source.weight(name.removesuffix(".weight"))
         if name == IN_ACTIVATION_ORDER:
-            assert torch.equal(weight.blocks[0], values.bfloat16().float())
+            assert torch.equal(weight.blocks[0], values)
         else:
             assert torch.equal(dequantize(weight), values)
 
@@ -133,7 +133,11 @@ def test_gptq_checkpoint(tmp_path, packed, write_config, about):
         ({}, "by None"),
         (None, "by None"),
         ({"quant_method": "awq", "bits": 4}, "by 'awq'"),
-        (GPTQ | {"bits": 8}, "8-bit"),
+        (GPTQ | {"bits": 8}, "in 4 bits, and config.json says 8"),
+        (GPTQ | {"group_size": 64}, "groups"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "gptq and gptq_v2"),
+        (GPTQ | {"sym": True}, "symmetric"),
+        (AUTO_ROUND | {"packing_format": "auto_round:fp8_static"}, "only GPTQ"),
         (AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}, "only GPTQ"),
         (BITSANDBYTES | {"load_in_8bit": True}, "8-bit"),
         (BITSANDBYTES | {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4"),

@@ -67,6 +67,14 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
     def batched(**arguments: Any) -> list[Any]:
         return [(each.text, each.error) for each in mimo_fast.batch(**arguments)]
 
+    triple = [(speech, speech, "hello")]
+    converting: Arguments = {"seed": 1, "max_new_tokens": 3}
+
+    def converted(
+        examples: Any = triple, instruction: Any = "say", adapter: Any = None, **arguments: Any
+    ) -> list[Any]:
+        return [*model.converter(examples, instruction, adapter).stream(**arguments)]
+
     transcribing = {"template": 0, "seed": 1, "max_new_tokens": 3, "language": None}
     transcribing |= {"adapter": None}
 
@@ -289,6 +297,32 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
                 "seed": 1,
                 "max_new_tokens": 3,
             },
+        ),
+        "convert": (
+            mimo_fast.convert,
+            {
+                "model": model,
+                "audio": speech,
+                "examples": triple,
+                "instruction": "voice",
+                "output": output,
+                "adapter": None,
+                **converting,
+            },
+        ),
+        "MimoAudio.converter": (
+            converted,
+            {
+                "audio": speech,
+                "examples": triple,
+                "instruction": "say",
+                "adapter": None,
+                **converting,
+            },
+        ),
+        "Converter.stream": (
+            converted,
+            {"audio": speech, "lookahead": "elastic", "priority": "batch", **converting},
         ),
         "MimoAudio.astream": (streamed_async, {"task": "tts", "input": "hello", **limits}),
         "MimoAudio.asr_sft": (model.asr_sft, {"audio": speech, "audio_tag": "", **limits}),

@@ -30,10 +30,12 @@ LEFT_OUT = {
     # Results: nobody but the package makes them.
     "BatchResult",
     "Chunk",
+    "Conversion",
     "ReplyText",
     "Timing",
     # Takes the parts of a loaded model.
     "Codec",
+    "Converter",
     "LM",
     "Session",
     # No arguments.

@@ -37,7 +37,7 @@ from mimo_fast.server.serving import bind
 from mimo_fast.server.settings import Settings
 from mimo_fast.server.wyoming import Wyoming
 
-CONTEXT = 64
+CONTEXT = 80
 """Groups: random weights talk on until it is full."""
 
 CHOICES = {"kit": None, **{f"kit:{name}": name for name in THREE}}
@@ -270,7 +270,7 @@ def test_home_assistant_may_name_one(service):
     app, bound = create_app(service, Settings(port=0)), bind("127.0.0.1", 0, "--wyoming", "")
     running = start(app, Settings(port=0), Wyoming(app, bound))
     form = {"rate": 24000, "width": 2, "channels": 1}
-    wav = mimo_fast.load_audio(AUDIO, 24000)[:48000].numpy()
+    wav = mimo_fast.load_audio(AUDIO, 24000)[:24000].numpy()
     recording = question(form, (wav * 32767).round().astype("<i2").tobytes(), 1 << 16)
     heard = list[str | None]()
 

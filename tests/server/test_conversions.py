@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import pytest
+import soundfile
+from conversions import encoded, write_answers
 from servers import Answer, Running
+
+from mimo_fast import MimoAudio
+from mimo_fast.errors import AudioError, ConfigError
+from mimo_fast.server.examples import ExampleSets
 
 PATH = "/v1/audio/conversions"
 RATE = 24000
@@ -83,6 +92,17 @@ def without(parts: list[Part], name: str) -> list[Part]:
     return [part for part in parts if part[0] != name]
 
 
+def bare(parts: list[Part]) -> list[Part]:
+    """Without examples."""
+    return [part for part in parts if not part[0].startswith("example_")]
+
+
+def silence() -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(RATE), RATE, format="WAV")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
@@ -93,6 +113,17 @@ def without(parts: list[Part], name: str) -> list[Part]:
         (lambda parts: [*without(parts, "file"), ("file", b"no audio at all")], "file"),
         (lambda parts: without(parts, "example_text[]"), "example_before[]"),
         (lambda parts: [*parts, ("example_text[]", "more")], "example_before[]"),
+        (
+            lambda parts: [
+                *without(parts, "example_text[]"),
+                ("example_text[]", "seven"),
+                ("example_text[]", " "),
+            ],
+            "example_text[1]",
+        ),
+        (lambda parts: [*parts, ("examples", "answers")], "examples"),
+        (lambda parts: [*bare(parts), ("examples", "answers")], "examples"),
+        (lambda parts: [*without(parts, "file"), ("file", silence())], "file"),
         (
             lambda parts: [
                 *without(parts, "example_after[]"),
@@ -130,3 +161,77 @@ def test_a_client_that_leaves_frees_the_model(server: Running, request_: list[Pa
     body, headers = form_of([*request_, ("stream_format", "sse")])
     worker = server.app.state.service.worker
     assert server.steps_after_leaving(PATH, body, headers, lambda: worker.streams > 0) < 40
+
+
+def test_examples_that_come_again_are_not_encoded_again(server: Running, request_: list[Part]):
+    model = server.app.state.service.model
+    ask(server, request_)
+    before = model.pipeline.counters
+    with encoded(model.codec) as found:
+        answer = ask(server, [*without(request_, "seed"), ("seed", "2")])
+    assert answer.status == 200
+    assert len(found) == 1
+    after = model.pipeline.counters
+    assert after["prefix_hits"] == before["prefix_hits"] + 1
+    # What the two questions and the two answers have; the third question has fewer.
+    assert after["prefix_groups"] - before["prefix_groups"] > 40
+
+
+@pytest.fixture(scope="module")
+def folder(service, tmp_path_factory) -> Path:
+    return write_answers(service.model, tmp_path_factory.mktemp("sets") / "answers").parent
+
+
+def test_a_set_is_listed_and_used(serve, folder: Path, request_: list[Part], monkeypatch):
+    server = serve(examples=folder)
+    (listed,) = server.get("/v1/audio/examples").json["data"]
+    assert (listed["id"], listed["instruction"], listed["examples"]) == ("answers", "answer", 2)
+    assert listed["consent"] is True
+    assert str(folder) not in json.dumps(listed)
+    assert server.get("/page/config").json["example_sets"] == [listed]
+    recording = next(part for part in request_ if part[0] == "file")
+    parts: list[Part] = [("examples", "answers"), recording, ("seed", "1")]
+    parts += [("response_format", "pcm"), ("stream_format", "sse")]
+    *_, done = ask(server, parts).body.decode().strip().split("\n\n")
+    assert json.loads(done.removeprefix("data: "))["text"] == "the sea is blue"
+    # An instruction of the request's own is in place of the set's.
+    asked = list[str]()
+    monkeypatch.setattr(
+        MimoAudio, "converter", lambda _model, given, **_how: asked.append(given.instruction)
+    )
+    ask(server, [*parts, ("instruction", "voice")])
+    ask(server, parts)
+    assert asked == ["voice", "answer"]
+
+
+@pytest.mark.parametrize(
+    "name", ["Answers", "../answers", "answers/", "/etc", "", "a" * 9999, "\0"]
+)
+def test_no_other_name_is_found(folder: Path, name: str):
+    assert ExampleSets(folder).find(name) is None
+
+
+def test_without_a_folder_there_are_no_sets(server: Running):
+    assert server.get("/v1/audio/examples").json["data"] == []
+    assert server.get("/page/config").json["example_sets"] == []
+
+
+def test_sets_that_cannot_be_offered_are_named(folder: Path, tmp_path: Path):
+    (tmp_path / "notes").mkdir()
+    assert not [*ExampleSets(tmp_path)]
+    shutil.copytree(folder / "answers", tmp_path / "an swers")
+    with pytest.raises(ConfigError, match="an swers cannot be asked for"):
+        ExampleSets(tmp_path)
+    (tmp_path / "an swers").rename(tmp_path / "b")
+    (tmp_path / "b" / "1-after.wav").unlink()
+    with pytest.raises(AudioError, match="b: example 1: cannot read"):
+        ExampleSets(tmp_path)
+
+
+def test_sets_that_come_later_are_found(folder: Path, tmp_path: Path):
+    sets = ExampleSets(tmp_path)
+    shutil.copytree(folder / "answers", tmp_path / "later")
+    assert [each.name for each in sets] == ["later"]
+    found = sets.find("later")
+    assert found is not None
+    assert len(found.read().examples) == 2

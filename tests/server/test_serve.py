@@ -99,6 +99,7 @@ def test_every_option_is_also_a_variable(monkeypatch, tmp_path):
     file.touch()
     values = VALUES | {
         "voices": (str(folder), folder),
+        "examples": (str(folder), folder),
         "ssl_certfile": (str(file), file),
         "ssl_keyfile": (str(file), file),
     }
@@ -218,6 +219,8 @@ def test_files_that_are_missing_are_named(tmp_path):
     missing = tmp_path / "none"
     with pytest.raises(ConfigError, match="--voices: there is no folder"):
         Settings(voices=missing)
+    with pytest.raises(ConfigError, match="--examples: there is no folder"):
+        Settings(examples=missing)
     with pytest.raises(ConfigError, match="both"):
         Settings(ssl_certfile=missing)
     with pytest.raises(ConfigError, match="--ssl-certfile: there is no file"):

@@ -7,6 +7,7 @@ take, Triton kernels run.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,9 @@ from mimo_fast.kernels.norm import RMSNorm
 
 if TYPE_CHECKING:
     from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
+
+Function = Callable[..., int]
+"""Of the library; it launches a kernel and returns a CUDA error."""
 
 LIBRARY = Path(__file__).parents[2] / "libmimo_fast_cuda.so"
 COMPUTE_CAPABILITY = (8, 0)
@@ -114,11 +118,9 @@ def _probe(device: torch.device) -> int:
     x = torch.ones(1, COLUMNS, dtype=torch.bfloat16, device=device)
     words = torch.zeros(8, COLUMNS // 4, dtype=torch.int32, device=device)
     scales, y = (torch.ones(8, dtype=torch.bfloat16, device=device) for _ in range(2))
-    pointers = map(_at, (x, None, words, scales, None, None, None, y))
-    with _current(x):
-        return _library(None).mimo_fast_quantized_mma(
-            *pointers, COLUMNS, 1, 8, COLUMNS, 8, False, False, False, 0, 0.0, _stream(x)
-        )
+    tensors = x, None, words, scales, None, None, None, y
+    form = COLUMNS, 1, 8, COLUMNS, 8, False, False, False, 0, 0.0
+    return _launch(_library(None).mimo_fast_quantized_mma, x, tensors, form)
 
 
 @cache
@@ -134,21 +136,28 @@ def refuses(weight: QuantizedWeight | Tensor, device: torch.device, dtype: torch
     They take bfloat16 and float16 activations; int4 in groups of 128, int8 by row or in those. Of
     dense weights [N, K] they take bfloat16.
     """
+    return refuses_device(device) or refuses_form(weight, dtype)
+
+
+def refuses_device(device: torch.device) -> str:
+    """`refuses` of any weight."""
     if device.type != "cuda":
         return "x is not on a GPU"
     if forced():
         return f"{ENVIRONMENT} is set"
     if library() is None:
         return "the CUDA kernels were not built"
-    if not _runs_on(device):
-        return "this GPU does not run them"
+    return "" if _runs_on(device) else "this GPU does not run them"
+
+
+def refuses_form(weight: QuantizedWeight | Tensor, dtype: torch.dtype) -> str:
+    """`refuses`, on any device."""
     if isinstance(weight, Tensor):
-        return refuses_dense(weight, dtype)
-    return refuses_form(weight, dtype)
+        return _refuses_dense(weight, dtype)
+    return _refuses_quantized(weight, dtype)
 
 
-def refuses_dense(weight: Tensor, dtype: torch.dtype) -> str:
-    """`refuses` of a dense weight, on any device."""
+def _refuses_dense(weight: Tensor, dtype: torch.dtype) -> str:
     if weight.dtype != torch.bfloat16 or dtype != torch.bfloat16:
         return f"x is {dtype} and the weight {weight.dtype}, not both bfloat16"
     if weight.ndim != 2 or not weight.numel() or not weight.is_contiguous():
@@ -158,8 +167,7 @@ def refuses_dense(weight: Tensor, dtype: torch.dtype) -> str:
     return "" if weight.data_ptr() % 16 == 0 else "the weight is not aligned to 16 bytes"
 
 
-def refuses_form(weight: QuantizedWeight, dtype: torch.dtype) -> str:
-    """`refuses`, on any device."""
+def _refuses_quantized(weight: QuantizedWeight, dtype: torch.dtype) -> str:
     columns = weight.shape[1]
     by_row = weight.bits == 8 and weight.group == columns and columns % COLUMNS == 0
     if weight.levels is not None:
@@ -197,18 +205,8 @@ def quantized_mma(
         ValueError: shapes, types, layouts or devices do not fit.
         RuntimeError: the device refused the launch.
     """
-    _check_product(x, weight, residual, swiglu, y)
-    if norm is not None:
-        _expect(norm.weight, (weight.shape[1],), x, "the norm's weight")
-    scale = None if norm is None else _aligned(norm.weight)
-    pointers = (x, scale, weight.words, weight.scales, weight.zeros, weight.bias, residual, y)
-    shape = (*_shape(x, weight), swiglu, x.dtype == torch.float16, variant)
-    with _current(x):
-        error = _library(loaded).mimo_fast_quantized_mma(
-            *map(_at, pointers), *shape, 0.0 if norm is None else norm.eps, _stream(x)
-        )
-    _check(error, f"a product of {len(x)} rows")
-    return y
+    functions = (_library(loaded).mimo_fast_quantized_mma,)
+    return _normed_product(functions, x, weight, weight.bias, norm, residual, swiglu, y, variant)
 
 
 def row_tiles(
@@ -232,35 +230,47 @@ def row_tiles(
         ValueError: shapes, types, layouts or devices do not fit.
         RuntimeError: the device refused the launch.
     """
+    found = _library(loaded)
+    if not isinstance(weight, Tensor):
+        bias = weight.bias
+    functions = found.mimo_fast_row_tiles, found.mimo_fast_row_tiles_room
+    return _normed_product(functions, x, weight, bias, norm, residual, swiglu, y, variant)
+
+
+def _normed_product(
+    functions: tuple[Function, ...],
+    x: Tensor,
+    weight: QuantizedWeight | Tensor,
+    bias: Tensor | None,
+    norm: RMSNorm | None,
+    residual: Tensor | None,
+    swiglu: bool,
+    y: Tensor,
+    variant: int,
+) -> Tensor:
+    """`quantized_mma` and `row_tiles`: the product, and what says how many bytes of room it takes
+    for M and K, if it takes any."""
+    parts: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
     if isinstance(weight, Tensor):
-        if reason := refuses_dense(weight, x.dtype):
+        if reason := refuses_form(weight, x.dtype):
             raise ValueError(f"no kernel reads the weight: {reason}")
         if bias is not None:
             _expect(bias, (len(weight),), x, "the bias")
-        parts: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
         parts = (weight, None, None, bias)
-        form = (x.stride(0), len(x), *weight.shape, 16, False)
+        form: tuple[int, ...] = (*weight.shape, 16, False)
     else:
         _check_weight(weight, x)
-        parts = (weight.words, weight.scales, weight.zeros, weight.bias)
-        form = _shape(x, weight)
-    _check_around(x, parts[0].device, form[2:4], residual, swiglu, y)
+        parts = (weight.words, weight.scales, weight.zeros, bias)
+        form = _form(weight)
+    _check_around(x, parts[0].device, form[:2], residual, swiglu, y)
     if norm is not None:
         _expect(norm.weight, (x.shape[1],), x, "the norm's weight")
     scale = None if norm is None else _aligned(norm.weight)
-    library = _library(loaded)
-    room = x.new_empty(library.mimo_fast_row_tiles_room(*form[1:4:2]), dtype=torch.uint8)
-    pointers = (x, scale, *parts, residual, y, room)
-    with _current(x):
-        error = library.mimo_fast_row_tiles(
-            *map(_at, pointers),
-            *form,
-            swiglu,
-            x.dtype == torch.float16,
-            variant,
-            0.0 if norm is None else norm.eps,
-            _stream(x),
-        )
+    product, *rooms = functions
+    room = [x.new_empty(bytes_of(*x.shape), dtype=torch.uint8) for bytes_of in rooms]
+    tensors = x, scale, *parts, residual, y, *room
+    options = swiglu, x.dtype == torch.float16, variant, 0.0 if norm is None else norm.eps
+    error = _launch(product, x, tensors, (x.stride(0), len(x), *form, *options))
     _check(error, f"a product of {len(x)} rows")
     return y
 
@@ -302,11 +312,11 @@ def quantized_gemm(
         ValueError: shapes, types, layouts or devices do not fit.
         RuntimeError: the device refused the launch.
     """
-    _check_product(x, weight, residual, swiglu, y)
-    pointers = (x, weight.words, weight.scales, weight.zeros, weight.bias, residual, y)
-    shape = (*_shape(x, weight), swiglu, x.dtype == torch.float16, variant)
-    with _current(x):
-        error = _library(loaded).mimo_fast_quantized_gemm(*map(_at, pointers), *shape, _stream(x))
+    _check_weight(weight, x)
+    _check_around(x, weight.words.device, weight.shape, residual, swiglu, y)
+    tensors = x, weight.words, weight.scales, weight.zeros, weight.bias, residual, y
+    form = x.stride(0), len(x), *_form(weight), swiglu, x.dtype == torch.float16, variant
+    error = _launch(_library(loaded).mimo_fast_quantized_gemm, x, tensors, form)
     _check(error, f"a product of {len(x)} rows")
     return y
 
@@ -328,18 +338,9 @@ def unpack(
     if not fits or not 0 <= start <= start + len(out) <= rows:
         where = f"rows {start} to {start + len(out)} of {rows} into {list(out.shape)}"
         raise ValueError(f"cannot unpack {where}, which must be contiguous [R, {columns}]")
-    pointers = map(_at, (weight.words, weight.scales, weight.zeros, out))
-    with _current(out):
-        error = _library(loaded).mimo_fast_unpack(
-            *pointers,
-            start,
-            len(out),
-            weight.shape[1],
-            weight.bits,
-            _grouped(weight),
-            out.dtype == torch.float16,
-            _stream(out),
-        )
+    tensors = weight.words, weight.scales, weight.zeros, out
+    form = start, len(out), *_form(weight)[1:], out.dtype == torch.float16
+    error = _launch(_library(loaded).mimo_fast_unpack, out, tensors, form)
     _check(error, f"to unpack {len(out)} rows")
 
 
@@ -380,14 +381,6 @@ def _check_weight(weight: QuantizedWeight, x: Tensor) -> None:
     weight.plans[known] = None
 
 
-def _check_product(
-    x: Tensor, weight: QuantizedWeight, residual: Tensor | None, swiglu: bool, y: Tensor
-) -> None:
-    """Raises ValueError unless a product's arguments fit each other."""
-    _check_weight(weight, x)
-    _check_around(x, weight.words.device, weight.shape, residual, swiglu, y)
-
-
 def _check_around(
     x: Tensor,
     device: torch.device,
@@ -410,9 +403,19 @@ def _check_around(
         _expect(residual, results, x, "the residual")
 
 
-def _shape(x: Tensor, weight: QuantizedWeight) -> tuple[int, ...]:
-    """What both products are told of x and the weight: stride, M, N, K, bits, groups."""
-    return (x.stride(0), len(x), *weight.shape, weight.bits, _grouped(weight))
+def _form(weight: QuantizedWeight) -> tuple[int, ...]:
+    """What the kernels are told of a weight: N, K, bits, whether a row has several scales, or one
+    that lies as a group's does."""
+    return (*weight.shape, weight.bits, weight.group == COLUMNS)
+
+
+def _launch(
+    function: Function, x: Tensor, tensors: Sequence[Tensor | None], options: Sequence[float]
+) -> int:
+    """Calls one on x's device and current stream; the CUDA error."""
+    addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    with _current(x):
+        return int(function(*addresses, *options, _stream(x)))
 
 
 def _library(loaded: ctypes.CDLL | None) -> ctypes.CDLL:
@@ -434,17 +437,8 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if aligned else tensor.clone().contiguous()
 
 
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _stream(tensor: Tensor) -> int | None:
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
-
-
-def _grouped(weight: QuantizedWeight) -> bool:
-    """Whether a row has several scales, or one that lies as a group's does."""
-    return weight.group == COLUMNS
 
 
 def _check(error: int, what: str) -> None:

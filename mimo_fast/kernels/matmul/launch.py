@@ -64,7 +64,9 @@ def cuda_mma(
 ) -> Tensor:
     """x [..., K], of few rows, by csrc/cuda/quantized_mma.cu; no norm in float16."""
     flat, y, residual = _prepare(x, *weight.shape, norm, residual, swiglu)
-    return cuda.quantized_mma(flat, weight, norm, residual, swiglu, y) if y.numel() else y
+    if y.numel():
+        cuda.quantized_mma(flat, weight, norm, residual, swiglu, _matrix(y))
+    return y
 
 
 def cuda_tiles(
@@ -72,7 +74,9 @@ def cuda_tiles(
 ) -> Tensor:
     """x [..., K], of some rows, by csrc/cuda/row_tiles.cu, with the bits of `cuda_mma`."""
     flat, y, residual = _prepare(x, *weight.shape, norm, residual, swiglu)
-    return cuda.row_tiles(flat, weight, norm, residual, swiglu, y) if y.numel() else y
+    if y.numel():
+        cuda.row_tiles(flat, weight, norm, residual, swiglu, _matrix(y))
+    return y
 
 
 def cuda_dense_tiles(
@@ -82,9 +86,9 @@ def cuda_dense_tiles(
     (block,), (bias,) = weight.blocks, weight.biases
     rows, columns = block.shape
     flat, y, residual = _prepare(x, rows, columns, norm, residual, swiglu)
-    if not y.numel():
-        return y
-    return cuda.row_tiles(flat, block, norm, residual, swiglu, y, bias=bias)
+    if y.numel():
+        cuda.row_tiles(flat, block, norm, residual, swiglu, _matrix(y), bias=bias)
+    return y
 
 
 def cuda_fused(
@@ -93,10 +97,10 @@ def cuda_fused(
     """x [..., K], of any number of rows, by csrc/cuda/quantized_gemm.cu: the weight is unpacked as
     it is multiplied."""
     flat, y, residual = _prepare(x, *weight.shape, None, residual, swiglu)
-    if not y.numel():
-        return y
-    flat = flat if cuda.gemm_takes(flat) else flat.clone()
-    return cuda.quantized_gemm(flat, weight, residual, swiglu, y)
+    if y.numel():
+        flat = flat if cuda.gemm_takes(flat) else flat.clone()
+        cuda.quantized_gemm(flat, weight, residual, swiglu, _matrix(y))
+    return y
 
 
 def quantized_gemv(
@@ -314,7 +318,8 @@ def _prepare(
     swiglu: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x as [M, K] with contiguous rows, the result to write, the residual contiguous."""
+    """x [M, K] with contiguous rows, the result [..., N] to write, the residual [M, N]
+    contiguous."""
     check_width(x, columns)
     if norm is not None and norm.weight.shape != (columns,):
         raise ValueError(f"the norm's weight is {list(norm.weight.shape)}, not {[columns]}")
@@ -328,7 +333,12 @@ def _prepare(
     plain = flat.stride(-1) == 1 and flat.stride(0) % 4 == 0 and flat.data_ptr() % 8 == 0
     flat = flat if plain else flat.contiguous()
     y = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
-    return flat, y, None if residual is None else residual.contiguous()
+    return flat, y, None if residual is None else _matrix(residual.contiguous())
+
+
+def _matrix(y: Tensor) -> Tensor:
+    """[..., N] as [M, N], without a copy."""
+    return y.view(-1, y.shape[-1])
 
 
 def gemv_block_n(m: int, rows: int, levels: bool = False) -> int:

@@ -98,6 +98,7 @@ async def page_config(request: Request) -> Response:
         "knows": _knows(service),
         "samples": FEW_WORDS if few else MANY_WORDS,
         "voices": _voices(state, service),
+        "example_sets": [each.described() for each in state.examples],
         "languages": ["en"] if few else ["en", "zh"],
         "webrtc": _has_calls(request) and find_spec("aiortc") is not None,
         "ice_servers": _ice_servers(settings),

@@ -22,17 +22,7 @@ ROUNDING = 2.0**-8
 """Of bfloat16, half a unit in the last place."""
 
 
-@pytest.fixture(scope="module")
-def emulated(emulated_cuda: Path) -> ctypes.CDLL:
-    return cuda.declared(ctypes.CDLL(str(emulated_cuda)))
-
-
 HALF = torch.float16
-
-
-@pytest.fixture(autouse=True)
-def usual_device(emulated):
-    emulated.mimo_fast_set_device(2, 99 * 1024)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -94,30 +94,27 @@ def test_the_plan_goes_on_to_triton(card, monkeypatch):
 
 
 def test_every_launch_is_on_the_device_of_its_tensors():
-    """A launch goes to the current device; each stands in a block that makes the tensor's so."""
-    tree = ast.parse(inspect.getsource(cuda))
-    launches, inside = set[int](), set[int]()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and re.match(
-            "mimo_fast_(?!.*_(room|choice))", node.attr
-        ):
-            launches.add(node.lineno)
-        if isinstance(node, ast.With) and "_current(" in ast.unparse(node.items[0]):
-            inside |= {
-                child.lineno
-                for statement in node.body
-                for child in ast.walk(statement)
-                if isinstance(child, ast.Attribute) and child.attr.startswith("mimo_fast_")
-            }
-    declared = {
-        node.lineno
-        for function in tree.body
-        if isinstance(function, ast.FunctionDef) and function.name == "declared"
-        for node in ast.walk(function)
-        if isinstance(node, ast.Attribute)
+    """A launch goes to the current device; the one place that launches makes the tensor's so."""
+    functions = {
+        function.name: function
+        for function in ast.parse(inspect.getsource(cuda)).body
+        if isinstance(function, ast.FunctionDef)
     }
-    assert len(inside) == 5
-    assert launches - declared == inside
+    called, passed_on = list[str](), set[str]()
+    for function in functions.values():
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call):
+                called.append(ast.unparse(node.func))
+                if called[-1] in ("_launch", "_normed_product"):
+                    passed_on.add(function.name)
+    asked = [name for name in called if "mimo_fast_" in name]
+    assert all(re.search("mimo_fast_.*_(room|choice)", name) for name in asked)
+    assert called.count("_launch") == 4
+    takers = {"_probe", "quantized_mma", "row_tiles", "quantized_gemm", "unpack"}
+    assert passed_on == takers | {"_normed_product"}
+    (block,) = (node for node in functions["_launch"].body if isinstance(node, ast.With))
+    assert ast.unparse(block.items[0]) == "_current(x)"
+    assert "function(" in ast.unparse(block.body[0])
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -33,11 +33,13 @@ def built(source: Path, target: Path) -> ctypes.CDLL:
     return declared(ctypes.CDLL(str(compile_for_cpu([source], target, [HEADERS / "engine"]))))
 
 
-def built_with(change: Callable[[str], str], folder: Path) -> ctypes.CDLL:
-    """Of changed source text."""
+def built_with(change: Callable[[str], str], folder: Path, before: str = "") -> ctypes.CDLL:
+    """Of changed source text, after a text that is added."""
     for path in (SOURCE, *PARTS):
         (folder / path.name).write_text(change(path.read_text()))
-    return built(folder / SOURCE.name, folder / "emulated.so")
+    source = folder / SOURCE.name
+    source.write_text(before + source.read_text())
+    return built(source, folder / "emulated.so")
 
 
 @pytest.fixture(scope="module")
@@ -166,36 +168,66 @@ def test_codes_drawn_within(emulated, noisy):
 BUGS = {
     "a piece is not published": (
         "put(gated + job * 4 + row / 4, four);",
-        "put(gated + (job ? job : 1) * 4 + row / 4, four);",
+        "put(gated + (ON && !job ? 1 : job) * 4 + row / 4, four);",
     ),
-    "nobody waits for data": ("if (come && second_come) return true;", "return come || true;"),
-    "tags do not advance": ("const uint32_t before = tag++;", "const uint32_t before = tag;"),
+    "nobody waits for data": (
+        "if (come && second_come) return true;",
+        "if (ON || (come && second_come)) return true;",
+    ),
+    "tags do not advance": (
+        "const uint32_t before = tag++;",
+        "const uint32_t before = tag; if (!ON) ++tag;",
+    ),
     "a copy is read too early": (
         "cp_async_wait_group<LEFT>();",
-        "cp_async_wait_group<LEFT + 1>();",
+        "if (ON) cp_async_wait_group<LEFT + 1>(); else cp_async_wait_group<LEFT>();",
     ),
     "sums are read before they are there": (
         "multiply<WHICH>();\n        __syncthreads();",
-        "multiply<WHICH>();",
+        "multiply<WHICH>();\n        if (!ON) __syncthreads();",
     ),
-    "a block takes the wrong half": ("needs |= 1 << job % 2", "needs |= 2 >> job % 2"),
-    "a key is not kept": ("cache[(d / 8 * POSITIONS + position) * 8 + d % 8] = key;", ";"),
+    "a block takes the wrong half": (
+        "needs |= 1 << job % 2",
+        "needs |= ON ? 2 >> job % 2 : 1 << job % 2",
+    ),
+    "a key is not kept": (
+        "cache[(d / 8 * POSITIONS + position) * 8 + d % 8] = key;",
+        "if (!ON) cache[(d / 8 * POSITIONS + position) * 8 + d % 8] = key;",
+    ),
 }
+"""What is wrong -> text of the source, and what stands in its place, where ON is whether it is."""
 
 
-@pytest.mark.parametrize("bug", slow_after(1, BUGS))
-def test_that_these_bugs_are_found(emulated, tmp_path, bug):
-    right, wrong = BUGS[bug]
-    assert sum(path.read_text().count(right) for path in (SOURCE, *PARTS)) == 1
-    library = built_with(lambda text: text.replace(right, wrong), tmp_path)
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """A build with all bugs, of which one at most is on."""
+    assert all(
+        sum(path.read_text().count(right) for path in (SOURCE, *PARTS)) == 1
+        for right, _ in BUGS.values()
+    )
+
+    def change(text: str) -> str:
+        for number, (right, wrong) in enumerate(BUGS.values(), 1):
+            text = text.replace(right, re.sub(r"\bON\b", f"(bug == {number})", wrong))
+        return text
+
+    switch = 'inline int bug = 0;\nextern "C" void set_bug(int value) { bug = value; }\n'
+    return built_with(change, tmp_path_factory.mktemp("faulty"), switch)
+
+
+@pytest.mark.parametrize("bug", [None, *BUGS])
+@pytest.mark.slow
+def test_that_these_bugs_are_found(emulated, faulty, bug):
+    faulty.set_bug(0 if bug is None else 1 + list(BUGS).index(bug))
     model, x = random_model(DIM, FFN, LAYERS, 4, True, True), given(2)
     want = decoded(emulated, model, x)
-    decoder = Decoder(library, model, 2)
-    library.set_seed_of_fibers(1)
+    decoder = Decoder(faulty, model, 2)
+    faulty.set_seed_of_fibers(1)
     error = decoder.run(x, 4, 64)
     if bug == "a piece is not published":
         assert error == STUCK
-    assert error == STUCK or not torch.equal(decoder.hidden[:2], want)
+    found = error == STUCK or not torch.equal(decoder.hidden[:2], want)
+    assert found == (bug is not None)
 
 
 def test_what_it_refuses(emulated):

@@ -4,13 +4,11 @@ CPU as in test_cuda_kernels.py."""
 import pytest
 import torch
 from helpers import slow_after
-from test_cuda_kernels import ROUNDING, emulated, random, usual_device, weight_of
+from test_cuda_kernels import ROUNDING, random, weight_of
 from torch import Tensor
 
 from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight, dequantize, unpack_words
-
-__all__ = ["emulated", "usual_device"]
 
 SMALL = 1
 """The number of the configuration with the smallest tiles: 64 rows of a weight, 16 of x."""

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conversions import write_answers
 from openai import OpenAI
 from visits import Visit, plain, wav
 
+import mimo_fast
 from benchmarks.chromium import Microphone, chromium, driver, missing
 from benchmarks.serving import Served, served
 
@@ -46,9 +48,12 @@ def browser(playwright: Any, microphone: Microphone) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
-def nano(playwright: Any) -> Iterator[Served]:
+def nano(playwright: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server of nano in a process of its own, on which the browser's load does not weigh."""
-    options = ["--allowed-hosts", "voice.test", "--log-level", "warning"]
+    sets = tmp_path_factory.mktemp("sets")
+    with mimo_fast.load() as model:
+        write_answers(model, sets / "answers")
+    options = ["--allowed-hosts", "voice.test", "--log-level", "warning", "--examples", str(sets)]
     with served(options) as server:
         yield server
         assert not server.failures()

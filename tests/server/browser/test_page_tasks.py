@@ -242,6 +242,18 @@ def test_a_recording_is_converted_by_example(visit, nano, transcribed, download)
     assert share(samples, RATE, *page.heard()) > 0.5
 
 
+def test_a_recording_is_converted_by_a_set_of_the_server(visit, nano):
+    page = begin(visit, nano, "convert", granted=False)
+    page.page.locator("#convert-set").select_option("answers")
+    assert not page.page.locator("#convert-examples").is_visible()
+    choose(page, "convert-source", file_of([SEA]))
+    page.page.locator("#convert-button").click()
+    until_done(page, "convert")
+    assert plain(page.text("#convert-words")) == BLUE
+    # What the server offers is asked for anew before each conversion.
+    assert page.page.locator("#convert-set").input_value() == "answers"
+
+
 def test_what_a_conversion_lacks_is_named(visit, nano):
     page = begin(visit, nano, "convert")
     page.page.locator("#convert-button").click()

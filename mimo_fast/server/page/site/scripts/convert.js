@@ -10,6 +10,7 @@ import { iconButton, Source, sourceOf } from "./source.js";
 import { SpeechOutput } from "./speech_output.js";
 
 const MOST = 16;
+const PLACEHOLDER = "Say it again in another voice";
 
 let source = null;
 let output = null;
@@ -25,6 +26,7 @@ export function setUpConvert() {
     event.preventDefault();
     convert();
   });
+  get("convert-set").addEventListener("change", chooseSet);
   setState("empty");
   addExample();
 }
@@ -36,9 +38,27 @@ export function configureConvert(config) {
     config.knows.convert ? ready.map(({ name }) => name) : [],
     (name) => fill(ready.find((each) => each.name === name)),
   );
+  const sets = config.knows.convert ? config.example_sets : [];
+  const choice = get("convert-set");
+  const chosen = choice.value;
+  choice.replaceChildren(
+    make("option", { value: "" }, "Your own"),
+    ...sets.map(({ name }) => make("option", { value: name }, name)),
+  );
+  choice.value = sets.some(({ name }) => name === chosen) ? chosen : "";
+  get("convert-set-field").hidden = !sets.length;
+  chooseSet();
   const note = config.knows.convert ? "" : `${config.model} was not trained to convert by example.`;
   show(get("convert-limits"), note);
   get("convert-button").disabled = !config.knows.convert;
+}
+
+/** A set of the server's takes the place of examples and, unless one is typed, of the instruction. */
+function chooseSet() {
+  const chosen = get("convert-set").value;
+  get("convert-examples").hidden = get("convert-add").hidden = Boolean(chosen);
+  const set = knownConfig()?.example_sets.find(({ name }) => name === chosen);
+  get("convert-instruction").placeholder = set?.instruction ?? PLACEHOLDER;
 }
 
 function addExample() {
@@ -74,6 +94,8 @@ function renumber() {
 /** A sample whose recordings the server says. */
 async function fill(ready) {
   show(get("convert-problem"), "");
+  get("convert-set").value = "";
+  chooseSet();
   get("convert-instruction").value = ready.instruction;
   for (const { element } of examples) element.remove();
   examples = [];
@@ -125,11 +147,13 @@ async function convert() {
 function filled() {
   const form = new FormData();
   const instruction = get("convert-instruction").value.trim();
-  if (!instruction) return "Say in a few words what the examples show.";
+  const set = get("convert-set").value;
+  if (!instruction && !set) return "Say in a few words what the examples show.";
   if (!source.blob) return "Give it a recording to convert.";
-  form.set("instruction", instruction);
+  if (instruction) form.set("instruction", instruction);
   form.set("file", source.blob, source.name);
-  for (const { before, after, words } of examples) {
+  if (set) form.set("examples", set);
+  for (const { before, after, words } of set ? [] : examples) {
     if (!before.blob && !after.blob && !words.value.trim()) continue;
     if (!before.blob || !after.blob || !words.value.trim()) {
       return "An example needs both recordings and the words of the one after.";
