@@ -10,7 +10,13 @@ from mimo_fast.audio.files import AudioSource
 from mimo_fast.audio.paths import name_of
 from mimo_fast.batches import CONVERT, MOST_SEED, batch
 from mimo_fast.cli.arguments import STANDARD
-from mimo_fast.cli.common import load_model, lookahead_of, speech_output, write_speech
+from mimo_fast.cli.common import (
+    adapter_of,
+    load_model,
+    lookahead_of,
+    speech_output,
+    write_speech,
+)
 from mimo_fast.cli.playing import aloud
 from mimo_fast.cli.process import written
 from mimo_fast.cli.reports import report, say
@@ -91,7 +97,7 @@ def _loaded(
     model = load_model(args, max_batch=at_once, check=check)
     if problem := untrained_instruction(model.lm.config, examples.instruction):
         say(f"warning: {problem}: do not rely on its reply")
-    converter = model.converter(examples)
+    converter = model.converter(examples, adapter=adapter_of(model, args))
     words, sources = converter.words, _sources(args)
     for number, (each, heard) in enumerate(zip(sources, words, strict=True), 1):
         if each.words is None:

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ADAPTERS, KIT_PAIR, PAIR, THREE
+from helpers import ADAPTERS, AUDIO, KIT_PAIR, PAIR, THREE, watch
 from safetensors.torch import load_file
 
 import mimo_fast
 from mimo_fast.cli.arguments import check_arguments
 from mimo_fast.cli.common import load_options
 from mimo_fast.cli.main import build_parser, main
+from mimo_fast.runtime.engine.engine import Engine
 
 MODEL = PAIR[:2]
 QKVO = ADAPTERS / "qkvo"
@@ -174,3 +175,43 @@ def test_one_beside_quantized_weights_is_for_every_request(tmp_path, capsys):
         how: dict[str, Any] = {"max_new_tokens": 12, "seed": 3, "adapter": "q"}
         text = model.text_dialogue_sft_multiturn(messages, **how)
     assert said[0].out.strip() == text.strip()
+
+
+WAV = str(AUDIO)
+COMMANDS = {
+    "tts": ["tts", "hello", "-o", "out.wav"],
+    "lines": ["tts", "--lines", "lines.txt", "-o", "folder"],
+    "asr": ["asr", WAV],
+    "asr of several": ["asr", WAV, "again.wav"],
+    "asr --whole": ["asr", "--whole", WAV],
+    "understand": ["understand", WAV, "what?"],
+    "chat": ["chat", WAV, "-o", "out.wav"],
+    "chat --text": ["chat", "--text", "hello"],
+    "continue": ["continue", WAV, "-o", "out.wav"],
+    "convert": ["convert", "--instruction", "a", "--example", WAV, WAV, "b", WAV, "-o", "out.wav"],
+    "demo": ["demo", WAV],
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> str:
+    """The kit's language model stored in int8, into which nothing is merged."""
+    folder = str(tmp_path_factory.mktemp("stored") / "int8")
+    assert main(["quantize", MODEL[1], folder, "--format", "int8"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_sequence_of_a_command_has_it(command, small, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("lines.txt").write_text("hello\nagain\n")
+    Path("again.wav").write_bytes(AUDIO.read_bytes())
+    seen = list[int]()
+    watch(
+        monkeypatch, Engine, "start", before=lambda _, each, *rest, **o: seen.append(each.adapter)
+    )
+    name, *rest = COMMANDS[command]
+    pair = ["--model", small, *PAIR[2:], "--adapter", str(QKVO), "--device", "cpu"]
+    main([name, *rest, *pair, "--max-tokens", "4", "--seed", "1"])
+    assert seen
+    assert {*seen} == {1}
