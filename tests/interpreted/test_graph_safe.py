@@ -52,11 +52,11 @@ def test_pieces_ask_nothing_of_the_device(strict, kit, slots):
     graphs, config = Graphs(model.lm, engine.state), model.lm.config
     rows = engine.state.rows[:slots]
     with strict:
-        graphs._step(rows)
+        graphs._step(model.lm, rows)
     step = list(strict.names)
     strict.names.clear()
     with strict:
-        graphs._patch(rows)
+        graphs._patch(model.lm, rows)
     patch = list(strict.names)
     assert step.count("split_attention_kernel") == config.backbone.layers
     layers = config.patch_decoder.layers * config.patch_steps
