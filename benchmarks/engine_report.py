@@ -62,7 +62,8 @@ compiled, with attention in every block as it is built.
 CHECKED = """\
 Runs of the patch decoder on {device} beside the model, which has two of the int8 runs of each \
 version of the kernel (without waiting and copies, without copies; left out) and the \
-microbenchmarks. int8 / int4, predicted over measured: {spread}. Worst are other launches than the \
+microbenchmarks. int8 / int4, predicted over measured: {spread}. No blind test: the form of the \
+model was chosen with these runs in view. Worst are other launches than the \
 usual one, which run another kernel since the second version, and 256 threads: the model has \
 exchanges that are slower with fewer threads, as they are alone, and the kernel did not become \
 slower. Missing as well: why waiting within the kernel is {least:.1f} to {most:.1f} times what an \
