@@ -12,6 +12,7 @@ python -m benchmarks serving                              make soak: a server af
 python -m benchmarks page                                 make soak: the page after an hour of talk
 python -m benchmarks load                                 hundreds of people at once
 python -m benchmarks simulate --published                simulated: an H100, a 4090, eight
+python -m benchmarks engine                               predicted: a persistent kernel's group
 python -m benchmarks suite                                make bench: a CPU in ten minutes
 python -m benchmarks --report                             docs/performance.md from the results
 """
@@ -26,6 +27,7 @@ from benchmarks import (
     baselines,
     compare,
     e2e,
+    engine_report,
     ops,
     page,
     profile,
@@ -51,6 +53,10 @@ COMMANDS = {
     "page": (page, "make soak: memory of the page and its server after an hour of talk"),
     "load": (load, "people at once: streams carried, first audio, groups a second"),
     "simulate": (simulate, "the engine's policy with measured or predicted step times"),
+    "engine": (
+        engine_report,
+        "what a persistent kernel costs: predicted, beside what was measured",
+    ),
     "suite": (suite, "make bench: the CPU's tables within ten minutes, and the report"),
     "report": (report, "docs/performance.md from benchmarks/results; --report is the same"),
 }

@@ -15,8 +15,8 @@
 # EARLIER  folder with the results of an earlier    SKIP    parts to leave out, such as "native tests-model"
 #          call, where that is another one [OUT]    FORCE   1: parts that are done run again
 #
-# The order is: the library, tests of the kernels and of the model, what no GPU has run yet, measurements by what they
-# are worth. A part begins where the seconds that it takes are still left, and is ended after three times as many.
+# The order is: the library, tests of the kernels and of the model, what the persistent engine's cost model is
+# calibrated by (exchanges, bandwidths), what no GPU has run yet, measurements by what they are worth. A part begins where the seconds that it takes are still left, and is ended after three times as many.
 # Its records are written as they are made: what is cut off loses one part. In OUT are, for a call on a card NAME:
 #
 #   DATE-NAME-N.jsonl    records of the N-th call          DATE-NAME-N.log    what everything printed
@@ -45,7 +45,7 @@ python=${PYTHON:-python3} device=${DEVICE:-cuda} preset=${PRESET:-7b} limit=${LI
 out=${OUT:-benchmarks/results} force=${FORCE:-0}
 earlier=${EARLIER:-$out}
 # NAME:SECONDS of benchmarks/studies: what no GPU has run, or not in its present form, and the others.
-new_studies=(turns:100 row_tiles:70 gemm:45) studies=(engine:130 overlap:90 products:80)
+new_studies=(turns:100 row_tiles:70 gemm:45) studies=(overlap:90 products:80)
 export PYTHONPATH=. PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/mimo-fast-triton}
 unset MIMO_FAST_KERNELS MIMO_FAST_NO_GRAPH
 
@@ -123,14 +123,16 @@ PY
     part native 60 bash -c '"$0" setup.py build_ext --inplace && "$0" -c "from mimo_fast import _native"' "$python"
 }
 
-# study NAME SECONDS: benchmarks/studies/NAME.py, where there is one; its JSON becomes a record.
+# study NAME SECONDS [PART OPTIONS...]: benchmarks/studies/NAME.py, where there is one, as the part study-NAME or PART;
+# its JSON becomes a record.
 study() {
-    local runs=gpu_part options=()
+    local runs=gpu_part title=${3:-study-$1} options=("${@:4}")
+    local found=$scratch/$title.json
     [[ -e benchmarks/studies/$1.py ]] || return 0
     [[ $1 != turns ]] || runs=part options=("${turned[@]}")
-    "$runs" "study-$1" "$2" "$python" -m "benchmarks.studies.$1" --out "$scratch/$1.json" "${options[@]}"
+    "$runs" "$title" "$2" "$python" -m "benchmarks.studies.$1" --out "$found" "${options[@]}"
     # What it wrote before it was ended counts as well.
-    [[ ! -e $scratch/$1.json ]] || "$python" -m benchmarks.records "$1" "$scratch/$1.json" "$records" >>"$log" 2>&1
+    [[ ! -e $found ]] || "$python" -m benchmarks.records "$1" "$found" "$records" >>"$log" 2>&1
 }
 
 pack() { "$python" -m benchmarks.kernel_cache pack "$out" >>"$log" 2>&1; }
@@ -208,6 +210,7 @@ gpu_part tests-kernels 90 "$python" -m pytest -m gpu tests/kernels/test_gpu_kern
 gpu_part tests-model 90 "$python" -m pytest -m gpu "${model_tests[@]}" "${tests[@]}"
 # Most kernels are compiled by now; a call that is cut off keeps them.
 ((list_only)) || pack
+study engine 60 engine-micro --parts exchange stream
 new=1
 for study in "${new_studies[@]}"; do study "${study%:*}" "${study#*:}"; done
 new=
@@ -223,6 +226,9 @@ bench e2e-wide 20 e2e "${model[@]}" --quantization int4 "${wide[@]}"
 gpu_bench e2e-int8-bf16 60 e2e "${model[@]}" --quantization int8 bf16 "${sweep[@]}"
 gpu_bench tasks-int8-bf16 60 e2e "${model[@]}" --quantization int8 bf16 "${tasks[@]}"
 gpu_bench profile-bf16 20 profile "${model[@]}" --quantization bf16 "${profiled[@]}"
+study engine 90 study-engine --parts int8 int4
+# What this card measured beside the model's predictions, in the log.
+gpu_part engine-costs 10 "$python" -m benchmarks engine --calibration "$records"
 for study in "${studies[@]}"; do study "${study%:*}" "${study#*:}"; done
 bench ops-others 30 ops "${others[@]}"
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import lookahead, projection, recordings
+from benchmarks import engine_report, lookahead, projection, recordings
 from benchmarks.columns import COLUMNS, cells, factor, gigabytes, share, shown, table, whole_ms
 from benchmarks.load import report as load_report
 from benchmarks.projection import FORMATS
@@ -217,6 +217,7 @@ def document(measured: Measured, results: Path, pictures: Sequence[str]) -> str:
     parts += recordings.section(results)
     parts += load_report.section(results)
     parts += ["## Projection to other cards\n", projection.section(measured) + "\n"]
+    parts += engine_report.section(results)
     if measured.find("compare"):
         parts += ["## Comparisons of commits\n", *_per_device(measured, "compare")]
     if measured.skipped:

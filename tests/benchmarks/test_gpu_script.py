@@ -16,7 +16,7 @@ from benchmarks.records import read_records, study_records
 
 ROOT = Path(__file__).parents[2]
 GPU_ONLY = {"tests-kernels", "tests-model", "baseline-compiled", "profile-bf16"}
-GPU_ONLY |= {"e2e-int8-bf16", "tasks-int8-bf16"}
+GPU_ONLY |= {"e2e-int8-bf16", "tasks-int8-bf16", "engine-costs"}
 MEASURED = {"profile-int4", "e2e-int4", "requests-int4", "tasks-int4", "energy-int4", "e2e-wide"}
 MEASURED |= {"ops-products", "ops-others", "baseline-eager"}
 
@@ -73,10 +73,12 @@ def test_every_part_is_a_command_that_exists(tmp_path: Path, noting: str) -> Non
         args = parser().parse_args(command)
         if command[0] == "ops":
             assert select(args.op, args.m, args.format, quick=args.quick)
-    # After the tests, what no GPU has run; each study writes where it is told.
+    # After the tests what the engine's cost model is calibrated by, then what no GPU has run; each
+    # study writes where it is told.
     parts = [name for name, fate in gpu_fates.items() if fate.startswith("ok, ")]
     first = [name for name in parts if gpu_fates[name].endswith(", the first time on a GPU")]
-    assert parts[2 : 2 + len(first)] == first
+    assert parts[2 : 3 + len(first)] == ["engine-micro", *first]
+    assert parts.index("study-engine") + 1 == parts.index("engine-costs")
     assert first == ["study-turns", "study-row_tiles", "study-gemm"]
     studies = [name.removeprefix("study-") for name in parts if name.startswith("study-")]
     assert {"engine", "overlap", "products"} <= {*studies}
