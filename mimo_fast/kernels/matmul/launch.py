@@ -63,19 +63,28 @@ def cuda_mma(
     x: Tensor, weight: QuantizedWeight, norm: RMSNorm | None, residual: Tensor | None, swiglu: bool
 ) -> Tensor:
     """x [..., K], of few rows, by csrc/cuda/quantized_mma.cu; no norm in float16."""
-    flat, y, residual = _prepare(x, *weight.shape, norm, residual, swiglu)
-    if y.numel():
-        cuda.quantized_mma(flat, weight, norm, residual, swiglu, _matrix(y))
-    return y
+    return _by_units(cuda.quantized_mma, x, weight, norm, residual, swiglu)
 
 
 def cuda_tiles(
     x: Tensor, weight: QuantizedWeight, norm: RMSNorm | None, residual: Tensor | None, swiglu: bool
 ) -> Tensor:
     """x [..., K], of some rows, by csrc/cuda/row_tiles.cu, with the bits of `cuda_mma`."""
+    return _by_units(cuda.row_tiles, x, weight, norm, residual, swiglu)
+
+
+def _by_units(
+    launch: Callable[..., Any],
+    x: Tensor,
+    weight: QuantizedWeight,
+    norm: RMSNorm | None,
+    residual: Tensor | None,
+    swiglu: bool,
+) -> Tensor:
+    """By either of the CUDA kernels that sum in the order of units."""
     flat, y, residual = _prepare(x, *weight.shape, norm, residual, swiglu)
     if y.numel():
-        cuda.row_tiles(flat, weight, norm, residual, swiglu, _matrix(y))
+        launch(flat, weight, norm, residual, swiglu, _matrix(y))
     return y
 
 

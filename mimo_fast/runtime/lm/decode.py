@@ -19,7 +19,7 @@ from mimo_fast.kernels.sample import NOT_FINITE, SamplerTensors
 from mimo_fast.runtime.device.host_copy import HostCopy
 from mimo_fast.runtime.lm.graphs import Graphs
 from mimo_fast.runtime.lm.model import LM
-from mimo_fast.runtime.lm.state import DecodeState
+from mimo_fast.runtime.lm.state import DecodeState, in_order
 from mimo_fast.sampling import MiMoSampler
 
 
@@ -111,10 +111,7 @@ class HostRead:
 
     def wait(self) -> list[int]:
         """Waits for all tokens and returns them in the order of the rows."""
-        by_row = dict[int, int]()
-        for rows, wait in self._parts:
-            by_row |= zip(rows, wait(), strict=True)
-        return [by_row[row] for row in range(len(by_row))]
+        return in_order((rows for rows, _ in self._parts), (wait() for _, wait in self._parts))
 
 
 @dataclass(frozen=True)

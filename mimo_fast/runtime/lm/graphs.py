@@ -34,7 +34,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -47,7 +47,7 @@ from tqdm import tqdm
 from mimo_fast.kernels.cuda import graph_conditional
 from mimo_fast.kernels.defaults import NewPath, enabled
 from mimo_fast.runtime.lm.model import LM
-from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState, by_place
+from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState, by_place, in_order
 from mimo_fast.text.prompt import PackedPrompt
 
 ENVIRONMENT = "MIMO_FAST_NO_GRAPH"
@@ -298,11 +298,13 @@ class Graphs:
             # The graphs share memory: the next one may overwrite it.
             codes.append(self._patches[part.graph].result[: len(part.rows)].clone())
 
+        rows = [part.rows for part in parts]
+
         def wait() -> list[int]:
             drawn = [self._joined[part.graph].wait()[: len(part.rows)] for part in parts]
-            return _in_order(parts, drawn)
+            return in_order(rows, drawn)
 
-        return wait, codes[0] if len(parts) == 1 else torch.stack(_in_order(parts, codes))
+        return wait, codes[0] if len(parts) == 1 else torch.stack(in_order(rows, codes))
 
     def step(self, slots: Sequence[int]) -> Tensor:
         """`LM.step` and `LM.sample_text` of these slots: int64 [R], valid until the next call."""
@@ -341,7 +343,7 @@ class Graphs:
             return graphs[parts[0].graph].run(parts[0].padded)[: len(slots)]
         # The graphs share memory: the next one may overwrite a result.
         made = [graphs[part.graph].run(part.padded)[: len(part.rows)].clone() for part in parts]
-        return torch.stack(_in_order(parts, made))
+        return torch.stack(in_order((part.rows for part in parts), made))
 
     def _parts(self, slots: Sequence[int]) -> list["_Part"]:
         """The slots by adapter; graphs for all of them are captured before one is launched."""
@@ -408,14 +410,6 @@ class _Part(NamedTuple):
     graph: tuple[int, int]
     rows: list[int]
     padded: list[int]
-
-
-def _in_order(parts: Sequence[_Part], made: Sequence[Iterable[Any]]) -> list[Any]:
-    """What was made for the rows of each part, in the order of all rows."""
-    by_row = dict[int, Any]()
-    for part, values in zip(parts, made, strict=True):
-        by_row |= zip(part.rows, values, strict=True)
-    return [by_row[row] for row in range(len(by_row))]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Everything that changes while decoding: KV caches, positions, the last group, counters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from mimo_fast.config import LMConfig, TransformerConfig
 from mimo_fast.kernels.kv_cache import LayerKV
 from mimo_fast.kernels.sample import SamplerTensors
 from mimo_fast.sampling import GREEDY, MiMoSampler, sampler_tensors
+
+Made = TypeVar("Made")
 
 NO_POSITION = -1
 """Length of the scratch row: a step appends nothing to it and does not advance it."""
@@ -179,6 +182,14 @@ def by_place(state: DecodeState, slots: Sequence[int]) -> dict[int, list[int]]:
     for row, slot in enumerate(slots):
         found.setdefault(state.adapters[slot], []).append(row)
     return found
+
+
+def in_order(rows: Iterable[Sequence[int]], made: Iterable[Iterable[Made]]) -> list[Made]:
+    """What was made for each part's rows, in the order of all rows: of parts as `by_place`'s."""
+    by_row = dict[int, Made]()
+    for part, values in zip(rows, made, strict=True):
+        by_row |= zip(part, values, strict=True)
+    return [by_row[row] for row in range(len(by_row))]
 
 
 def _any_settings(rows: int, device: torch.device) -> SamplerTensors:
