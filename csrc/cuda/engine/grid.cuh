@@ -21,6 +21,18 @@ __device__ inline void store_relaxed(uint4* to, uint4 value) {
                  : "memory");
 }
 
+// Of 8 bytes, as one value: two of 32 bits would be two accesses.
+__device__ inline uint2 load_relaxed(const uint2* from) {
+    uint64_t both;
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(both) : "l"(from) : "memory");
+    return make_uint2(uint32_t(both), uint32_t(both >> 32));
+}
+
+__device__ inline void store_relaxed(uint2* to, uint2 value) {
+    const uint64_t both = uint64_t(value.y) << 32 | value.x;
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(both) : "memory");
+}
+
 __device__ inline uint32_t load_relaxed(const uint32_t* from) {
     uint32_t got;
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(got) : "l"(from) : "memory");
@@ -44,6 +56,13 @@ __device__ inline void add_release(uint32_t* to, uint32_t value) {
 // What other blocks wrote before a fence of theirs: from L2, since L1 may hold what was there before.
 template <class Value>
 __device__ inline Value load_shared_data(const Value* from) { return __ldcg(from); }
+
+// Global data that, within a launch, only one block writes and reads: a CPU watches that it is so.
+template <class T>
+__device__ inline void own_store(T* to, T value) { *to = value; }
+
+template <class T>
+__device__ inline T own_load(const T* from) { return *from; }
 
 // Without the order of all fences that `__threadfence` keeps.
 __device__ inline void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
@@ -86,6 +105,9 @@ __device__ inline float fast_divide(float value, float by) { return __fdividef(v
 
 __device__ inline uint32_t float_bits(float value) { return __float_as_uint(value); }
 __device__ inline float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+
+// 0xff to each byte, in the stream's order. Returns a cudaError_t.
+inline int fill_ones(void* to, size_t bytes, cudaStream_t stream) { return cudaMemsetAsync(to, 0xff, bytes, stream); }
 
 // Launches a kernel of one argument whose blocks may wait for each other: refused if they do not all fit at once.
 template <class Argument>

@@ -102,13 +102,7 @@ inline void cudaGraphSetConditional(cudaGraphConditionalHandle handle, unsigned 
 inline void __threadfence_system() {}
 
 inline bool __any_sync(unsigned, bool mine) {
-    Warp& warp = own_warp();
-    warp.words[own_lane()][0] = mine;
-    meet(warp.all, [&] {
-        warp.greatest = 0;
-        for (const auto& words : warp.words) warp.greatest |= words[0];
-    });
-    return warp.greatest;
+    return of_warp(mine, [](uint32_t a, uint32_t b) { return a | b; });
 }
 
 // A kernel's arguments are copied when its node is made: a handle, and a structure of seven words.

@@ -1,190 +1,333 @@
 // Threads of a device as fibers of one thread of a CPU. Which of those that can go on does is drawn, so that each seed is
-// another order; one goes on until it waits for others. At times it is always the newest, so that one warp comes far ahead.
+// another order; one goes on until it waits for others. `Manner` says from which of them it is drawn.
 //
 // What the device leaves open is made as bad as it may be: a copy to shared memory writes rubbish at once and the data only
 // when it is waited for, and shared memory begins as NaNs.
 #pragma once
 
-#include <ucontext.h>
+#include <sys/mman.h>
 
-#include <map>
-#include <memory>
-#include <random>
+#include <functional>
+#include <new>
 #include <vector>
 
+#include <context.cuh>
 #include <values.cuh>
 
 constexpr int STUCK = 719;
-constexpr size_t STACK = 96 << 10;
 constexpr uint32_t NANS = 0xffffffff;
 
 inline uint32_t seed_of_fibers = 1;
 extern "C" __attribute__((used)) inline void set_seed_of_fibers(uint32_t seed) { seed_of_fibers = seed; }
 
+// splitmix64.
+struct Draws {
+    uint64_t state;
+
+    uint64_t operator()() {
+        uint64_t z = state += 0x9e3779b97f4a7c15;
+        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+        z = (z ^ z >> 27) * 0x94d049bb133111eb;
+        return z ^ z >> 31;
+    }
+    uint32_t below(size_t limit) { return ((*this)() >> 32) * limit >> 32; }
+};
+
+// The stacks of a launch, which the next one uses again, whether or not the fibers of the last one ended.
+struct Stacks {
+    static constexpr size_t SIZE = 96 << 10, MOST = 4096;  // of one; so many are kept
+    char* room = nullptr;
+    size_t count = 0;
+
+    Stacks() = default;
+    Stacks(const Stacks&) = delete;
+    ~Stacks() { give_back(); }
+
+    void reserve(size_t wanted) {
+        if (wanted <= count) return;
+        give_back();
+        const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+        void* const got = mmap(nullptr, wanted * SIZE, PROT_READ | PROT_WRITE, flags, -1, 0);
+        if (got == MAP_FAILED) throw std::bad_alloc();
+        room = static_cast<char*>(got), count = wanted;
+    }
+    void give_back() {
+        if (count) munmap(room, count * SIZE);
+        count = 0;
+    }
+    // Not all ends are at the same place of their pages, where they would push each other out of the CPU's caches.
+    void begin(size_t i, Context& context, void (*body)()) {
+        ::begin(context, room + i * SIZE, SIZE - i * 17 % 64 * 64, body);
+    }
+};
+
+inline Stacks stacks;
+
 struct Copy {
     void* to;
     const void* from;
-    int bytes;
+    int bytes, group;
 };
 
 struct Warp;
 struct Block;
 
 struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
+    Context context;
     Block* block;
     Warp* warp;
     int thread;
-    std::vector<std::vector<Copy>> copies{1};
+
+    // Copies from `done` on have not been waited for; the next is of `group`.
+    std::vector<Copy> copies;
+    size_t done;
+    int group;
+};
+
+// Its lanes, a bit each, and what these bring to a meeting and get from it. A lane has a place of its own for that, and
+// comes to the next meeting when it has read it.
+struct Warp {
+    static constexpr uint32_t ALL = 0xffffffff;
+    int first;  // fiber
+    uint32_t ready = 0, arrived = 0;
+    uint32_t words[32], results[32][4];
+    int from[32];
+    const uint4* rows[32];
+    alignas(16) float a[16][16], b[16][8], d[16][8];
 };
 
 // Threads that wait for each other.
 struct Meeting {
-    explicit Meeting(int members) : members(members) {}
-    int members, arrived = 0;
+    int members = 0;
     std::vector<Fiber*> waiting;
-};
-
-struct Warp {
-    Meeting all{32};
-    uint32_t words[32][6];
-    float lanes[32], sums[32][4];
-    uint32_t greatest;
-    const uint32_t* rows[32];
 };
 
 struct Block {
     dim3 index;
-    Meeting all;
     std::vector<Warp> warps;
     std::vector<uint4> shared;
-    std::map<int, Meeting> named;
+    Meeting all, named[16];
 
+    // With a line of 16 bytes behind its shared memory that nobody may write.
     Block(dim3 index, int threads, int bytes)
-        : index(index), all(threads), warps(threads / 32), shared((bytes + 15) / 16, uint4{NANS, NANS, NANS, NANS}) {}
+        : index(index), warps(threads / 32), shared((bytes + 31) / 16, uint4{NANS, NANS, NANS, NANS}) {
+        all.members = threads;
+    }
+    bool wrote_beyond() const { return shared.back().x != NANS || shared.back().w != NANS; }
 };
 
 inline dim3 threadIdx, blockIdx, gridDim, blockDim;
 
+// Whose turn it is: that of any warp; of one warp, mostly, as long as it can go on; of the one that was woken last, so
+// that it comes far ahead. Its lane is always drawn.
+enum class Manner { ANY, ONE, LAST };
+
 // Those of one launch.
 struct Fibers {
-    std::mt19937 draw{seed_of_fibers};
-    std::vector<std::unique_ptr<Fiber>> all;
-    std::vector<Fiber*> ready;
-    ucontext_t scheduler;
+    std::vector<Fiber> all;
+    std::vector<Warp*> ready;
+    std::function<void()> body;
+    Draws draw{seed_of_fibers};
+    Context outside;
     Fiber* running = nullptr;
     int alive = 0;
-    bool newest = false;
+    Manner manner = Manner::ANY;
+    uint32_t until_event = 1;
+    size_t turn = 0;       // in `ready`
+    Warp* warp = nullptr;  // whose turn it was
 
-    void add(Block& block, int threads, void (*body)()) {
-        for (int i = 0; i < threads; ++i) {
-            all.push_back(std::make_unique<Fiber>());
-            Fiber& fiber = *all.back();
-            fiber.block = &block, fiber.warp = &block.warps[i / 32], fiber.thread = i;
-            begin(fiber, body);
-            ready.push_back(&fiber);
-            ++alive;
-        }
+    Fibers(int most, std::function<void()> body) : all(most), body(body) { stacks.reserve(most); }
+    Fibers(const Fibers&) = delete;
+    virtual ~Fibers() {
+        if (all.size() > Stacks::MOST) stacks.give_back();
     }
 
-    static void begin(Fiber& fiber, void (*body)()) {
-        fiber.stack.reset(new char[STACK]);
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = STACK;
-        makecontext(&fiber.context, body, 0);
+    // Beside none that are alive, or those of other blocks.
+    void add(Block& block);
+
+    // Until all have ended: 0; or none can go on: STUCK.
+    int run();
+
+    // The running one stops until it has been woken and drawn.
+    void wait() {
+        Fiber* const before = running;
+        Fiber* const next = choose();
+        if (next != before) change(before->context, next ? next->context : outside);
     }
 
-    // One of those that can goes on until it waits or ends.
-    void go_on() {
-        if (draw() % 512 == 0) newest = !newest;
-        const size_t which = newest ? ready.size() - 1 : draw() % ready.size();
-        running = ready[which];
-        ready[which] = ready.back();
-        ready.pop_back();
-        threadIdx = dim3(running->thread), blockIdx = running->block->index;
-        swapcontext(&scheduler, &running->context);
+    void wake(Warp& warp, uint32_t lanes) {
+        if (!warp.ready) ready.push_back(&warp);
+        warp.ready |= lanes;
+    }
+    void wake(const Fiber& fiber) { wake(*fiber.warp, 1u << fiber.thread % 32); }
+
+    // Now and then; gives after how many steps again.
+    virtual uint32_t event() {
+        constexpr Manner MANNERS[] = {Manner::ANY, Manner::ONE, Manner::ONE, Manner::LAST};
+        manner = MANNERS[draw.below(4)];
+        return 1 + draw.below(4096);
+    }
+
+    // When none can go on; false if that stays so.
+    virtual bool idle() { return false; }
+
+    Fiber* choose() {
+        while (ready.empty())
+            if (!idle()) return nullptr;
+        if (!--until_event) until_event = event();
+        const uint64_t drawn = draw();
+        if (manner == Manner::LAST)
+            turn = ready.size() - 1;
+        else if (manner == Manner::ANY || turn >= ready.size() || ready[turn] != warp || drawn % 64 == 0)
+            turn = (drawn >> 32) * ready.size() >> 32;
+        warp = ready[turn];
+        // The first that can go on, from a lane on that is drawn.
+        const int from = drawn >> 8 & 31;
+        const int lane = (__builtin_ctz(warp->ready >> from | warp->ready << (-from & 31)) + from) & 31;
+        warp->ready &= ~(1u << lane);
+        if (!warp->ready) ready[turn] = ready.back(), ready.pop_back();
+        running = &all[warp->first + lane];
+        threadIdx.x = running->thread, blockIdx = running->block->index;
+        return running;
     }
 };
 
 inline Fibers* fibers;
 
-inline void to_scheduler() { swapcontext(&fibers->running->context, &fibers->scheduler); }
-
-inline void end_of_fiber() {
+inline void body_of_fiber() {
+    fibers->body();
     --fibers->alive;
-    to_scheduler();
+    fibers->wait();
 }
 
-// All members come here; the last does `then`, and all go on.
-template <class Then>
-void meet(Meeting& meeting, Then then) {
-    if (++meeting.arrived == meeting.members) {
-        then();
-        meeting.arrived = 0;
-        fibers->ready.insert(fibers->ready.end(), meeting.waiting.begin(), meeting.waiting.end());
-        meeting.waiting.clear();
-    } else {
-        meeting.waiting.push_back(fibers->running);
-        to_scheduler();
+inline void Fibers::add(Block& block) {
+    for (int i = 0; i < block.all.members; ++i, ++alive) {
+        Fiber& fiber = all[alive];
+        fiber.block = &block, fiber.warp = &block.warps[i / 32], fiber.thread = i;
+        fiber.copies.clear(), fiber.done = 0, fiber.group = 0;
+        stacks.begin(alive, fiber.context, body_of_fiber);
+        if (i % 32 == 0) fiber.warp->first = alive;
+        wake(fiber);
     }
+}
+
+inline int Fibers::run() {
+    fibers = this;
+    if (Fiber* const first = choose()) change(outside, first->context);
+    return alive ? STUCK : 0;
 }
 
 inline Block& own_block() { return *fibers->running->block; }
 inline Warp& own_warp() { return *fibers->running->warp; }
-inline int own_lane() { return fibers->running->thread % 32; }
-inline void __syncthreads() { meet(own_block().all, [] {}); }
-inline void sync_warp() { meet(own_warp().all, [] {}); }
+inline int own_lane() { return threadIdx.x % 32; }
+
+// All members come here; the last wakes the others.
+inline void meet(Meeting& meeting) {
+    if (int(meeting.waiting.size()) + 1 < meeting.members) {
+        meeting.waiting.push_back(fibers->running);
+        fibers->wait();
+    } else {
+        for (const Fiber* fiber : meeting.waiting) fibers->wake(*fiber);
+        meeting.waiting.clear();
+    }
+}
+
+// All lanes come here; the last does `then`, wakes the others and goes on.
+template <class Then>
+void meet(Warp& warp, Then then) {
+    const uint32_t own = 1u << own_lane();
+    warp.arrived |= own;
+    if (warp.arrived != Warp::ALL) return fibers->wait();
+    then();
+    warp.arrived = 0;
+    fibers->wake(warp, Warp::ALL & ~own);
+}
+
+inline void __syncthreads() { meet(own_block().all); }
+inline void sync_warp() { meet(own_warp(), [] {}); }
 template <int THREADS>
 void barrier(int id) {
-    meet(own_block().named.try_emplace(id, THREADS).first->second, [] {});
+    Meeting& meeting = own_block().named[id];
+    meeting.members = THREADS;
+    meet(meeting);
 }
 inline unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(own_block().shared.data()); }
 
 inline float shfl(float value, int lane) {
     Warp& warp = own_warp();
-    std::memcpy(&warp.words[own_lane()][0], &value, 4);
-    // All have read `lanes` when all have come to the next meeting.
-    meet(warp.all, [&] {
-        for (int i = 0; i < 32; ++i) std::memcpy(&warp.lanes[i], &warp.words[i][0], 4);
+    const int own = own_lane();
+    std::memcpy(&warp.words[own], &value, 4);
+    warp.from[own] = lane;
+    meet(warp, [&] {
+        for (int i = 0; i < 32; ++i) warp.results[i][0] = warp.words[warp.from[i]];
     });
-    return warp.lanes[lane];
+    std::memcpy(&value, warp.results[own], 4);
+    return value;
 }
 
 inline float shfl_xor(float value, int mask) { return shfl(value, own_lane() ^ mask); }
 
+// For all lanes the same, of the words of all.
+template <class Operation>
+uint32_t of_warp(uint32_t value, Operation operation) {
+    Warp& warp = own_warp();
+    const int own = own_lane();
+    warp.words[own] = value;
+    meet(warp, [&] {
+        uint32_t result = warp.words[0];
+        for (int i = 1; i < 32; ++i) result = operation(result, warp.words[i]);
+        for (auto& results : warp.results) results[0] = result;
+    });
+    return warp.results[own][0];
+}
+
 inline void ldmatrix_x4(uint32_t (&d)[4], const uint4* row) {
     Warp& warp = own_warp();
-    warp.rows[own_lane()] = &row->x;
-    meet(warp.all, [] {});
-    for (int i = 0; i < 4; ++i) d[i] = warp.rows[8 * i + own_lane() / 4][own_lane() % 4];
-    meet(warp.all, [] {});
+    const int own = own_lane();
+    warp.rows[own] = row;
+    meet(warp, [&] {
+        for (int i = 0; i < 32; ++i)
+            for (int lane = 0; lane < 4; ++lane) 
+                std::memcpy(&warp.results[i % 8 * 4 + lane][i / 8], reinterpret_cast<const char*>(warp.rows[i]) + 4 * lane, 4);
+    });
+    std::memcpy(d, warp.results[own], sizeof d);
 }
 
 template <class T>
 void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     Warp& warp = own_warp();
-    const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
-    std::memcpy(warp.words[own_lane()], mine, sizeof mine);
-    std::memcpy(warp.sums[own_lane()], d, sizeof d);
-    meet(warp.all, [&] {
-        for (int i = 0; i < 32; ++i) multiply_lane<T>(warp.sums[i], warp.words, i);
-    });
-    std::memcpy(d, warp.sums[own_lane()], sizeof d);
+    const int g = own_lane() / 4, t = own_lane() % 4;
+    const auto low = [](uint32_t pair) { return widen<T>(uint16_t(pair)); };
+    const auto high = [](uint32_t pair) { return widen<T>(uint16_t(pair >> 16)); };
+    const auto put = [&](int row, int column, uint32_t pair) {
+        warp.a[row][column] = low(pair), warp.a[row][column + 1] = high(pair);
+    };
+    put(g, 2 * t, a0), put(g + 8, 2 * t, a1), put(g, 2 * t + 8, a2), put(g + 8, 2 * t + 8, a3);
+    warp.b[2 * t][g] = low(b0), warp.b[2 * t + 1][g] = high(b0);
+    warp.b[2 * t + 8][g] = low(b1), warp.b[2 * t + 9][g] = high(b1);
+    float* const upper = warp.d[g] + 2 * t;
+    float* const lower = warp.d[g + 8] + 2 * t;
+    upper[0] = d[0], upper[1] = d[1], lower[0] = d[2], lower[1] = d[3];
+    meet(warp, [&] { multiply(warp.a, warp.b, warp.d); });
+    d[0] = upper[0], d[1] = upper[1], d[2] = lower[0], d[3] = lower[1];
 }
 
-inline void copy(void* to, const void* from, int bytes) {
-    std::memset(to, 0xff, bytes);
-    fibers->running->copies.back().push_back({to, from, bytes});
+template <int BYTES>
+void copy(void* to, const void* from) {
+    std::memset(to, 0xff, BYTES);
+    Fiber& fiber = *fibers->running;
+    fiber.copies.push_back({to, from, BYTES, fiber.group});
 }
-inline void cp_async_commit_group() { fibers->running->copies.emplace_back(); }
+inline void cp_async_commit_group() { ++fibers->running->group; }
 
 template <int LEFT>
 void cp_async_wait_group() {
-    auto& copies = fibers->running->copies;
-    while (int(copies.size()) - 1 > LEFT) {
-        for (const Copy& each : copies.front()) std::memcpy(each.to, each.from, each.bytes);
-        copies.erase(copies.begin());
+    Fiber& fiber = *fibers->running;
+    for (; fiber.done < fiber.copies.size() && fiber.copies[fiber.done].group < fiber.group - LEFT; ++fiber.done) {
+        const Copy& each = fiber.copies[fiber.done];
+        std::memcpy(each.to, each.from, each.bytes);
     }
+    if (2 * fiber.done < fiber.copies.size()) return;
+    fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + fiber.done);
+    fiber.done = 0;
 }

@@ -27,6 +27,17 @@ inline float add(float a, float b) { return a + b; }
 inline float mul(float a, float b) { return a * b; }
 inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 
+inline float bits_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline uint32_t float_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
 template <int TABLE>
 uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t d = 0;
@@ -42,21 +53,17 @@ inline uint32_t prmt(uint32_t low, uint32_t high, uint32_t which) {
     return got;
 }
 
+// Exact: both exponents are shifted by powers of two, for not every CPU has an instruction for it.
 inline float from_half(uint16_t bits) {
-    _Float16 value;
-    std::memcpy(&value, &bits, 2);
-    return value;
+    const uint32_t rest = bits & 0x7fff;
+    const float value = rest < 0x400 ? bits_float(rest | 0x3f000000) - 0.5f : bits_float((rest << 13) + 0x70000000) * 0x1p-112f;
+    return bits_float(float_bits(value) | uint32_t(bits & 0x8000) << 16);
 }
 
 template <class T>
 float widen(uint16_t bits);
 template <>
-inline float widen<Bfloat16>(uint16_t bits) {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-}
+inline float widen<Bfloat16>(uint16_t bits) { return bits_float(uint32_t(bits) << 16); }
 template <>
 inline float widen<Float16>(uint16_t bits) { return from_half(bits); }
 
@@ -64,8 +71,7 @@ template <class T>
 uint16_t narrow(float value);
 template <>
 inline uint16_t narrow<Bfloat16>(float value) {
-    uint32_t wide;
-    std::memcpy(&wide, &value, 4);
+    const uint32_t wide = float_bits(value);
     return uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
 }
 template <>
@@ -97,17 +103,23 @@ uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c) {
     return one(0) | one(16);
 }
 
-// What a lane of a warp whose lanes hold the operands `words` (a0 ... a3, b0, b1) gets from `mma_m16n8k16`.
-template <class T>
-void multiply_lane(float (&d)[4], const uint32_t (&words)[32][6], int lane) {
-    const auto half = [](uint32_t word, int k) { return widen<T>(uint16_t(word >> 16 * (k % 2))); };
-    for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        // One after the other, so that columns in another place have other bits.
-        float sum = d[i];
-        for (int k = 0; k < 16; ++k)
-            sum += half(words[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k) *
-                   half(words[column * 4 + k % 8 / 2][4 + k / 8], k);
-        d[i] = sum;
-    }
+// d [16, 8] += a [16, 16] b [16, 8], for each element one product after the other, so that columns in another place have
+// other bits.
+inline void multiply(const float (&a)[16][16], const float (&b)[16][8], float (&d)[16][8]) {
+    using Four = float __attribute__((vector_size(16)));
+    const auto four = [](auto& row, int column) {
+        return reinterpret_cast<Four*>(const_cast<float*>(row + column));
+    };
+    for (int row = 0; row < 16; row += 4)
+        for (int column = 0; column < 8; column += 4) {
+            Four sum0 = *four(d[row], column), sum1 = *four(d[row + 1], column);
+            Four sum2 = *four(d[row + 2], column), sum3 = *four(d[row + 3], column);
+            for (int k = 0; k < 16; ++k) {
+                const Four factor = *four(b[k], column);
+                sum0 += a[row][k] * factor, sum1 += a[row + 1][k] * factor;
+                sum2 += a[row + 2][k] * factor, sum3 += a[row + 3][k] * factor;
+            }
+            *four(d[row], column) = sum0, *four(d[row + 1], column) = sum1;
+            *four(d[row + 2], column) = sum2, *four(d[row + 3], column) = sum3;
+        }
 }

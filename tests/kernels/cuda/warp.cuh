@@ -6,8 +6,8 @@
 inline uint64_t policy_evict_first() { return 0; }
 inline uint64_t policy_evict_normal() { return 0; }
 inline void prefetch_l2(const void*) {}
-inline void cp_async(uint4* to, const uint4* from) { copy(to, from, 16); }
-inline void cp_async(uint4* to, const uint4* from, uint64_t) { copy(to, from, 16); }
+inline void cp_async(uint4* to, const uint4* from) { copy<16>(to, from); }
+inline void cp_async(uint4* to, const uint4* from, uint64_t) { copy<16>(to, from); }
 
 constexpr int ARCHITECTURE = 900;
 inline void pdl_launch_dependents() {}
@@ -27,25 +27,13 @@ extern "C" inline void __attribute__((used)) mimo_fast_set_device(int multiproce
 // One block of threads after the other. STUCK where threads wait in vain, or wrote beyond their shared memory.
 template <class Argument>
 int run_blocks(void (*kernel)(Argument), dim3 grid, int threads, int bytes, const std::remove_const_t<Argument>& argument) {
-    static void (*kernel_of_body)(Argument);
-    static const std::remove_const_t<Argument>* argument_of_body;
-    kernel_of_body = kernel, argument_of_body = &argument;
     gridDim = grid, blockDim = dim3(threads);
+    Fibers own(threads, [&] { kernel(argument); });
     for (int y = 0; y < grid.y; ++y)
         for (int x = 0; x < grid.x; ++x) {
-            // With a line of 16 bytes behind it that nobody may write.
-            Block block(dim3(x, y), threads, bytes + 16);
-            Fibers own;
-            fibers = &own;
-            own.add(block, threads, [] {
-                kernel_of_body(*argument_of_body);
-                end_of_fiber();
-            });
-            while (own.alive) {
-                if (own.ready.empty()) return STUCK;
-                own.go_on();
-            }
-            if (block.shared.back().x != NANS || block.shared.back().w != NANS) return STUCK;
+            Block block(dim3(x, y), threads, bytes);
+            own.add(block);
+            if (own.run() || block.wrote_beyond()) return STUCK;
         }
     return 0;
 }

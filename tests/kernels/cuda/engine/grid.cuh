@@ -1,118 +1,188 @@
 // csrc/cuda/engine/grid.cuh on a CPU: the fibers of all blocks, in any order.
 //
-// What blocks exchange is made as bad as it may be, too: stores arrive late and in any order, except those to one address.
-// A launch in which no fiber can go on returns STUCK.
+// What blocks exchange is made as bad as it may be, too: a store waits in a buffer of its block, where that block alone
+// sees it, and arrives late and in any order, except those to one address and those that a fence keeps apart. What only
+// one block may touch within a launch is watched.
 #pragma once
 
-#include <algorithm>
 #include <list>
+#include <utility>
 
 #include <fibers.cuh>
+#include <owners.cuh>
+#include <stores.cuh>
 
-struct Store {
-    uint4* to;
-    uint4 value;
+constexpr int DISOWNED = 720;
+
+inline int refusal = 0;
+inline int looks_in_vain = 4;
+// The next launch is refused with this error; 0: it is not.
+extern "C" __attribute__((used)) inline void set_refusal(int error) { refusal = error; }
+// How often all that wait for what blocks exchange look again when nothing arrives any more, before a launch is STUCK.
+extern "C" __attribute__((used)) inline void set_looks_in_vain(int looks) { looks_in_vain = looks; }
+
+// What a thread has to do with the exchange: the number of its block's stores at its last fence; the lines that it read
+// last, and how many since it last waited for one of them; how often it has waited; whether it does.
+struct Exchanger {
+    static constexpr uint32_t MOST = 16;
+    uint64_t fenced = 0;
+    uintptr_t lines[MOST];
+    uint32_t reads = 0, waits = 0;
+    bool waiting = false;
 };
 
-// One launch.
+// One launch. A fiber that waits for what blocks exchange goes on when something arrives in a line that it read.
 struct Grid : Fibers {
-    std::vector<Fiber*> looking;
-    std::vector<Store> stores;
-    bool news = true;
+    // Of a fiber's wait of that number.
+    struct Look {
+        Fiber* fiber;
+        uintptr_t line;
+        uint32_t wait;
+    };
 
-    void arrive(Store store) {
-        *store.to = store.value;
-        news = true;
+    std::vector<Exchanger> exchangers;  // by fiber
+    std::vector<std::vector<Look>> looks{1024};  // by line
+    std::vector<Stores> stores;         // by block
+    std::vector<int> storing;           // blocks whose stores have not all arrived
+    Owners owners;
+    uint32_t lateness = 1, until_manner = 0;
+    int in_vain = 0;
+
+    Grid(int blocks, int threads, std::function<void()> body)
+        : Fibers(blocks * threads, body), exchangers(blocks * threads), stores(blocks) {}
+
+    Exchanger& exchanger(const Fiber& fiber) { return exchangers[&fiber - all.data()]; }
+    int own_number() const { return running->block->index.x; }
+
+    template <class Value>
+    void store(Value* to, const Value& value) {
+        Stores& own = stores[own_number()];
+        if (own.waiting.empty()) storing.push_back(own_number());
+        own.add(to, &value, sizeof value, exchanger(*running).fenced);
+        while (own.waiting.size() > Stores::MOST) arrive();
     }
-    void deliver(size_t which) {
-        for (size_t i = 0; i < which; ++i)
-            if (stores[i].to == stores[which].to) which = i;
-        arrive(stores[which]);
-        stores.erase(stores.begin() + which);
+
+    template <class Value>
+    Value load(const Value* from) {
+        Exchanger& own = exchanger(*running);
+        own.lines[own.reads++ % Exchanger::MOST] = line_of(from);
+        Value value = *from;
+        stores[own_number()].forward(from, &value, sizeof value);
+        return value;
     }
-    void wake() {
-        ready.insert(ready.end(), looking.begin(), looking.end());
-        looking.clear();
-        news = false;
+
+    void fence() { exchanger(*running).fenced = stores[own_number()].made; }
+
+    void look_again() {
+        Exchanger& own = exchanger(*running);
+        own.waiting = true, ++own.waits;
+        for (; own.reads; --own.reads) {
+            if (own.reads > Exchanger::MOST) own.reads = Exchanger::MOST;
+            const uintptr_t line = own.lines[own.reads - 1];
+            looks[line % looks.size()].push_back({running, line, own.waits});
+        }
+        wait();
+    }
+
+    void arrive() {
+        const size_t i = draw.below(storing.size());
+        Stores& from = stores[storing[i]];
+        const Store store = from.take(draw.below(from.waiting.size()));
+        if (from.waiting.empty()) storing[i] = storing.back(), storing.pop_back();
+        std::memcpy(store.to, store.value, store.bytes);
+        in_vain = 0;
+        std::erase_if(looks[line_of(store.to) % looks.size()], [&](const Look& look) {
+            Exchanger& own = exchanger(*look.fiber);
+            const bool over = !own.waiting || own.waits != look.wait;
+            if (over || look.line != line_of(store.to)) return over;
+            wake(*look.fiber);
+            own.waiting = false;
+            return true;
+        });
+    }
+
+    void wake_all() {
+        for (auto& some : looks) some.clear();
+        for (const Fiber& fiber : all)
+            if (std::exchange(exchanger(fiber).waiting, false)) wake(fiber);
+    }
+
+    uint32_t event() override {
+        if (!storing.empty()) arrive();
+        const uint32_t steps = 1 + draw.below(lateness);
+        if (steps < until_manner) return until_manner -= steps, steps;
+        until_manner = Fibers::event();
+        constexpr uint32_t LATENESS[] = {8, 128, 2048};
+        lateness = LATENESS[draw.below(3)];
+        wake_all();
+        return steps;
+    }
+
+    bool idle() override {
+        if (!storing.empty()) return arrive(), true;
+        if (!alive || in_vain == looks_in_vain) return false;
+        ++in_vain;
+        wake_all();
+        return true;
     }
 };
 
 inline Grid* grid;
 
 inline uint32_t greatest_of_warp(uint32_t value) {
-    Warp& warp = own_warp();
-    warp.words[own_lane()][0] = value;
-    meet(warp.all, [&] {
-        warp.greatest = 0;
-        for (int i = 0; i < 32; ++i) warp.greatest = std::max(warp.greatest, warp.words[i][0]);
-    });
-    return warp.greatest;
+    return of_warp(value, [](uint32_t a, uint32_t b) { return std::max(a, b); });
 }
 
-inline uint4 load_relaxed(const uint4* from) { return *from; }
-inline uint32_t load_relaxed(const uint32_t* from) { return *from; }
-inline void store_relaxed(uint32_t* to, uint32_t value) { *to = value; }
-inline void store_relaxed(uint4* to, uint4 value) { grid->stores.push_back({to, value}); }
+inline uint4 load_relaxed(const uint4* from) { return grid->load(from); }
+inline uint2 load_relaxed(const uint2* from) { return grid->load(from); }
+inline uint32_t load_relaxed(const uint32_t* from) { return grid->load(from); }
+inline void store_relaxed(uint4* to, uint4 value) { grid->store(to, value); }
+inline void store_relaxed(uint2* to, uint2 value) { grid->store(to, value); }
+inline void store_relaxed(uint32_t* to, uint32_t value) { grid->store(to, value); }
+
+template <class T>
+void own_store(T* to, T value) {
+    grid->owners.write(to, sizeof value, grid->own_number());
+    *to = value;
+}
+
+template <class T>
+T own_load(const T* from) {
+    grid->owners.read(from, sizeof *from, grid->own_number());
+    return *from;
+}
 
 template <class Value>
 Value load_shared_data(const Value* from) { return *from; }
 
-inline void fence() {}
+inline void fence() { grid->fence(); }
 inline int64_t clocks_now() { return 0; }
-
-inline void look_again(int) {
-    grid->looking.push_back(grid->running);
-    to_scheduler();
-}
+inline void look_again(int) { grid->look_again(); }
 
 inline uint64_t policy_evict_last() { return 0; }
 inline uint64_t policy_evict_first() { return 0; }
 inline uint64_t policy_evict_normal() { return 0; }
 
-inline void copy_16(void* to, const void* from, uint64_t) { copy(to, from, 16); }
-inline void copy_8(void* to, const void* from, uint64_t) { copy(to, from, 8); }
+inline void copy_16(void* to, const void* from, uint64_t) { copy<16>(to, from); }
+inline void copy_8(void* to, const void* from, uint64_t) { copy<8>(to, from); }
 
 inline float fast_exp(float value) { return std::exp(value); }
 inline float fast_divide(float value, float by) { return value / by; }
 
-inline uint32_t float_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
-}
-inline float bits_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
+inline int fill_ones(void* to, size_t bytes, cudaStream_t) { return std::memset(to, 0xff, bytes), 0; }
 
 template <class Argument>
 int start_together(void (*kernel)(const Argument), int blocks, int threads, int shared, cudaStream_t,
                    const Argument& argument) {
-    static const Argument* argument_of_body;
-    static void (*kernel_of_body)(const Argument);
-    argument_of_body = &argument, kernel_of_body = kernel;
+    if (refusal) return std::exchange(refusal, 0);
     gridDim = dim3(blocks), blockDim = dim3(threads);
-    Grid own;
-    fibers = grid = &own;
+    Grid own(blocks, threads, [&] { kernel(argument); });
+    grid = &own;
     std::list<Block> all;
-    for (int i = 0; i < blocks; ++i)
-        own.add(all.emplace_back(dim3(i), threads, shared), threads, [] {
-            kernel_of_body(*argument_of_body);
-            end_of_fiber();
-        });
-    while (own.alive) {
-        if (!own.stores.empty() && (own.ready.empty() || own.draw() % 8 == 0)) {
-            own.deliver(own.draw() % own.stores.size());
-            if (own.ready.empty()) own.wake();
-        }
-        if (own.ready.empty() || own.draw() % 256 == 0) {
-            if (own.ready.empty() && !own.news && own.stores.empty()) return STUCK;
-            own.wake();
-        }
-        if (own.ready.empty()) continue;
-        own.go_on();
-    }
-    while (!own.stores.empty()) own.deliver(0);
-    return 0;
+    for (int i = 0; i < blocks; ++i) own.add(all.emplace_back(dim3(i), threads, shared));
+    const int error = own.run();
+    if (own.owners.violated) return DISOWNED;
+    for (const Block& block : all)
+        if (block.wrote_beyond()) return STUCK;
+    return error;
 }
