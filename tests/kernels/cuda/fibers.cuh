@@ -93,7 +93,7 @@ struct Warp {
     uint32_t words[32], results[32][4];
     int from[32];
     const uint4* rows[32];
-    alignas(16) float a[16][16], b[16][8], d[16][8];
+    Operands operands;
 };
 
 // Threads that wait for each other.
@@ -296,20 +296,13 @@ inline void ldmatrix_x4(uint32_t (&d)[4], const uint4* row) {
 template <class T>
 void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     Warp& warp = own_warp();
-    const int g = own_lane() / 4, t = own_lane() % 4;
-    const auto low = [](uint32_t pair) { return widen<T>(uint16_t(pair)); };
-    const auto high = [](uint32_t pair) { return widen<T>(uint16_t(pair >> 16)); };
-    const auto put = [&](int row, int column, uint32_t pair) {
-        warp.a[row][column] = low(pair), warp.a[row][column + 1] = high(pair);
-    };
-    put(g, 2 * t, a0), put(g + 8, 2 * t, a1), put(g, 2 * t + 8, a2), put(g + 8, 2 * t + 8, a3);
-    warp.b[2 * t][g] = low(b0), warp.b[2 * t + 1][g] = high(b0);
-    warp.b[2 * t + 8][g] = low(b1), warp.b[2 * t + 9][g] = high(b1);
-    float* const upper = warp.d[g] + 2 * t;
-    float* const lower = warp.d[g + 8] + 2 * t;
-    upper[0] = d[0], upper[1] = d[1], lower[0] = d[2], lower[1] = d[3];
-    meet(warp, [&] { multiply(warp.a, warp.b, warp.d); });
-    d[0] = upper[0], d[1] = upper[1], d[2] = lower[0], d[3] = lower[1];
+    Operands& all = warp.operands;
+    const int own = own_lane();
+    all.a[0][own] = a0, all.a[1][own] = a1, all.a[2][own] = a2, all.a[3][own] = a3;
+    all.b[0][own] = b0, all.b[1][own] = b1;
+    for (int i = 0; i < 4; ++i) all.d[i][own] = d[i];
+    meet(warp, [&] { multiply<T>(all); });
+    for (int i = 0; i < 4; ++i) d[i] = all.d[i][own];
 }
 
 template <int BYTES>

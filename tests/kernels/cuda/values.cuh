@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define __device__
 #define __host__
@@ -38,17 +39,24 @@ inline uint32_t float_bits(float value) {
     return bits;
 }
 
-template <int TABLE>
-uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t d = 0;
-    for (int i = 0; i < 8; ++i)
-        if (TABLE >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
-    return d;
+// By the first bit: TABLE's upper half where it is one.
+template <int TABLE, int SIZE = 8, class... Others>
+uint32_t lop3(uint32_t first, Others... others) {
+    constexpr int HALF = SIZE / 2, ONES = (1 << HALF) - 1, UPPER = TABLE >> HALF & ONES, LOWER = TABLE & ONES;
+    const auto of = [&]<int PART>() {
+        if constexpr (PART == 0 || PART == ONES)
+            return PART ? ~uint32_t(0) : 0;
+        else
+            return lop3<PART, HALF>(others...);
+    };
+    const uint32_t upper = of.template operator()<UPPER>(), lower = of.template operator()<LOWER>();
+    return UPPER == LOWER ? upper : lower ^ (first & (upper ^ lower));
 }
 
 inline uint32_t prmt(uint32_t low, uint32_t high, uint32_t which) {
     const uint64_t both = uint64_t(high) << 32 | low;
     uint32_t got = 0;
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) got |= uint32_t(both >> 8 * (which >> 4 * i & 7) & 0xff) << 8 * i;
     return got;
 }
@@ -103,23 +111,61 @@ uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c) {
     return one(0) | one(16);
 }
 
-// d [16, 8] += a [16, 16] b [16, 8], for each element one product after the other, so that columns in another place have
-// other bits.
-inline void multiply(const float (&a)[16][16], const float (&b)[16][8], float (&d)[16][8]) {
-    using Four = float __attribute__((vector_size(16)));
-    const auto four = [](auto& row, int column) {
-        return reinterpret_cast<Four*>(const_cast<float*>(row + column));
-    };
-    for (int row = 0; row < 16; row += 4)
-        for (int column = 0; column < 8; column += 4) {
-            Four sum0 = *four(d[row], column), sum1 = *four(d[row + 1], column);
-            Four sum2 = *four(d[row + 2], column), sum3 = *four(d[row + 3], column);
-            for (int k = 0; k < 16; ++k) {
-                const Four factor = *four(b[k], column);
-                sum0 += a[row][k] * factor, sum1 += a[row + 1][k] * factor;
-                sum2 += a[row + 2][k] * factor, sum3 += a[row + 3][k] * factor;
-            }
-            *four(d[row], column) = sum0, *four(d[row + 1], column) = sum1;
-            *four(d[row + 2], column) = sum2, *four(d[row + 3], column) = sum3;
+// ---- Products of tensor cores
+
+using Floats = float __attribute__((vector_size(16)));
+using Words = uint32_t __attribute__((vector_size(16)));
+
+// Of the lower half of each word; the upper one is zeros.
+template <class T>
+Floats widen_four(Words halves) {
+    if constexpr (std::is_same_v<T, Bfloat16>) return Floats(halves << 16);
+    const Words rest = halves & 0x7fff;
+    const Floats small = Floats(rest | 0x3f000000) - 0.5f, usual = Floats((rest << 13) + 0x70000000) * 0x1p-112f;
+    return Floats((rest < 0x400 ? Words(small) : Words(usual)) | (halves & 0x8000) << 16);
+}
+
+// Of `mma_m16n8k16`: a0 ... a3, b0 and b1, and the sums of all lanes.
+struct Operands {
+    alignas(16) uint32_t a[4][32], b[2][32];
+    alignas(16) float d[4][32];
+};
+
+// To each sum one product after the other, so that columns in another place have other bits. Vectors are of the columns
+// 2 t, and 2 t + 1, of the lanes of a row of D.
+template <class T>
+void multiply(Operands& operands) {
+    const auto four = [](auto* from, auto& as) { std::memcpy(&as, from, 16); };
+    float a[4][2][32];  // the lower halves of words, then the upper ones
+    Floats b[16][2];    // the even columns, then the odd ones
+    for (int i = 0; i < 4; ++i)
+        for (int lane = 0; lane < 32; lane += 4) {
+            Words words;
+            four(operands.a[i] + lane, words);
+            const Floats low = widen_four<T>(words & 0xffff), high = widen_four<T>(words >> 16);
+            std::memcpy(a[i][0] + lane, &low, 16), std::memcpy(a[i][1] + lane, &high, 16);
         }
+    for (int i = 0; i < 2; ++i)
+        for (int column = 0; column < 8; ++column) {
+            Words words;
+            four(operands.b[i] + 4 * column, words);
+            const Floats low = widen_four<T>(words & 0xffff), high = widen_four<T>(words >> 16);
+            for (int t = 0; t < 4; ++t) {
+                b[8 * i + 2 * t][column % 2][column / 2] = low[t];
+                b[8 * i + 2 * t + 1][column % 2][column / 2] = high[t];
+            }
+        }
+    for (int lane = 0; lane < 32; lane += 4) {
+        Floats sums[4];
+        for (int i = 0; i < 4; ++i) four(operands.d[i] + lane, sums[i]);
+        for (int half = 0; half < 2; ++half)
+#pragma GCC unroll 8
+            for (int k = 0; k < 8; ++k) {
+                const float upper = a[2 * half][k % 2][lane + k / 2], lower = a[2 * half + 1][k % 2][lane + k / 2];
+                const Floats even = b[8 * half + k][0], odd = b[8 * half + k][1];
+                sums[0] += upper * even, sums[1] += upper * odd;
+                sums[2] += lower * even, sums[3] += lower * odd;
+            }
+        for (int i = 0; i < 4; ++i) std::memcpy(operands.d[i] + lane, &sums[i], 16);
+    }
 }
