@@ -238,8 +238,12 @@ extern "C" int multiply_matrices(const void* a, const void* b, float* d, int hal
     return start_together(half ? product<Float16> : product<Bfloat16>, 1, 32, 0, nullptr, matrices);
 }
 
-extern "C" void halves(float* out) {
-    for (int i = 0; i < 1 << 16; ++i) out[i] = from_half(uint16_t(i));
+extern "C" void widen_halves(const uint16_t* from, float* to, int count) {
+    for (int i = 0; i < count; ++i) to[i] = from_half(from[i]);
+}
+
+extern "C" void narrow_floats(const float* from, uint16_t* to, int count) {
+    for (int i = 0; i < count; ++i) to[i] = narrow<Float16>(from[i]);
 }
 
 extern "C" uint32_t wrong_tables() { return wrong_tables(std::make_integer_sequence<int, 256>()); }

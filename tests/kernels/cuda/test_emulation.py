@@ -1,4 +1,4 @@
-"""What the CPU build of the CUDA source does (fibers.cuh, engine/grid.cuh), shown by small kernels."""
+"""What the CPU build of the CUDA source does, by small kernels: fibers.cuh, engine/grid.cuh."""
 
 import ctypes
 from pathlib import Path
@@ -44,6 +44,10 @@ class Emulation:
         places = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, d)]
         assert self.library.multiply_matrices(*places, int(half)) == 0
         return d
+
+    def convert(self, name: str, values: Tensor, to: Tensor) -> None:
+        places = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (values, to)]
+        getattr(self.library, name)(*places, len(values))
 
 
 @pytest.fixture(scope="module", params=[None, pytest.param("BY_UCONTEXT", marks=pytest.mark.slow)])
@@ -165,10 +169,28 @@ def test_products_are_added_one_after_the_other(emulation, dtype):
     assert torch.equal(emulation.product(a, b, d), want)
 
 
-def test_half_precision_is_widened_exactly_and_all_functions_of_three_bits_are_right(emulation):
-    values = torch.empty(1 << 16)
-    emulation.library.halves(ctypes.c_void_p(values.data_ptr()))
-    want = torch.arange(1 << 16).to(torch.int16).view(torch.float16).float()
-    assert torch.equal(values.isnan(), want.isnan())
-    assert torch.equal(values.nan_to_num(7).view(torch.int32), want.nan_to_num(7).view(torch.int32))
+def same(got: Tensor, want: Tensor) -> bool:
+    """Bit for bit, but for which NaN a NaN is."""
+    bits = torch.int16 if want.dtype == torch.float16 else torch.int32
+    numbers = ~want.isnan()
+    return torch.equal(got.isnan(), ~numbers) and torch.equal(
+        got[numbers].view(bits), want[numbers].view(bits)
+    )
+
+
+def test_half_precision_is_converted_as_by_torch(emulation):
+    every = torch.arange(1 << 16).to(torch.int16).view(torch.float16)
+    wide = torch.empty(len(every))
+    emulation.convert("widen_halves", every, wide)
+    assert same(wide, every.float())
+    # All that 19 bits can begin, and around the middle between two halves.
+    heads = (torch.arange(1 << 19) << 13)[:, None]
+    values = (heads + torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF])).to(torch.int32)
+    values = values.view(torch.float32).flatten()
+    halves = torch.empty(len(values), dtype=torch.float16)
+    emulation.convert("narrow_floats", values, halves)
+    assert same(halves, values.half())
+
+
+def test_functions_of_three_bits(emulation):
     assert emulation.library.wrong_tables() == 0

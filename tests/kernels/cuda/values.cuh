@@ -84,10 +84,12 @@ inline uint16_t narrow<Bfloat16>(float value) {
 }
 template <>
 inline uint16_t narrow<Float16>(float value) {
-    const _Float16 half = _Float16(value);
-    uint16_t bits;
-    std::memcpy(&bits, &half, 2);
-    return bits;
+    const uint32_t bits = float_bits(value), rest = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
+    if (rest > 0x7f800000) return uint16_t(sign | 0x7e00 | (rest >> 13 & 0x3ff));
+    if (rest >= 0x47800000) return uint16_t(sign | 0x7c00);
+    // Below 2**-14 the sum with 0.5 rounds as the result has to.
+    if (rest < 0x38800000) return uint16_t(sign | (float_bits(bits_float(rest) + 0.5f) - 0x3f000000));
+    return uint16_t(sign | (((rest + 0xfff + (rest >> 13 & 1)) >> 13) - 0x1c000));
 }
 
 template <class T, class Operation>
