@@ -142,7 +142,7 @@ struct Fibers {
         if (all.size() > Stacks::MOST) stacks.give_back();
     }
 
-    // Beside none that are alive, or those of other blocks.
+    // Its threads, beside those of blocks that were added before and have not begun.
     void add(Block& block);
 
     // Until all have ended: 0; or none can go on: STUCK.

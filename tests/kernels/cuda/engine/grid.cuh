@@ -1,8 +1,9 @@
 // csrc/cuda/engine/grid.cuh on a CPU: the fibers of all blocks, in any order.
 //
 // What blocks exchange is made as bad as it may be, too: a store waits in a buffer of its block, where that block alone
-// sees it, and arrives late and in any order, except those to one address and those that a fence keeps apart. What only
-// one block may touch within a launch is watched.
+// sees it, and arrives late and in any order, except those to one address and those that a fence keeps apart. A thread
+// that reads again and again calls `look_again` between, for nothing arrives while it goes on. What only one block may
+// touch within a launch is watched.
 #pragma once
 
 #include <list>
@@ -40,10 +41,10 @@ struct Grid : Fibers {
         uint32_t wait;
     };
 
-    std::vector<Exchanger> exchangers;  // by fiber
-    std::vector<std::vector<Look>> looks{1024};  // by line
-    std::vector<Stores> stores;         // by block
-    std::vector<int> storing;           // blocks whose stores have not all arrived
+    std::vector<Exchanger> exchangers;               // of fibers
+    std::vector<std::vector<Look>> looks{1024};      // of lines, by their number's remainder
+    std::vector<Stores> stores;                      // of blocks
+    std::vector<int> storing;                        // blocks whose stores have not all arrived
     Owners owners;
     uint32_t lateness = 1, until_manner = 0;
     int in_vain = 0;
