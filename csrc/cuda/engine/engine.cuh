@@ -1,407 +1,370 @@
-// The state of a block of the persistent decoder, and the order of its phases; decoder.cu explains them. What a phase
-// does is in weights.cuh, exchange.cuh, attention.cuh and logits.cuh.
+// The state of a block of the persistent engine, and how it goes through the phases; engine.cu explains them.
 #pragma once
 
-#include <grid.cuh>
+#include <engine/grid.cuh>
+
+#include "../row_order.cuh"
+#include "program.cuh"
 
 namespace {
 
-constexpr int COLUMNS = 128;
-constexpr int TILE = 16;
-constexpr int HEAD = 16;
-constexpr int POSITIONS = 16;  // as many as a head has columns
-constexpr int PHASES = 4;
-constexpr int END = PHASES, DRAW = PHASES + 1, NOTED = PHASES + 2;
-constexpr int TIMES = 4;
-constexpr int CHANNELS = 8;
-constexpr int FRAMES = 4;
 constexpr uint32_t PATIENCE = 1 << 20;
+constexpr uint32_t NOT_THERE = 0xffffffff;   // a word of what has not been made yet
+constexpr int PART_PIECES = 64;              // of 16 bytes: 16 rows of W, 64 bytes of each
+constexpr int MOST_NORMED = 8192;            // columns of what is normed
+constexpr int OWN_POSITIONS = 16, OWN_HEAD = 16, OWN_VALUES = 512;  // of `Program::own_cache`
+constexpr int MOST_TOGETHER = 4;
+constexpr int OWN_SCRATCH = (1 + MOST_TOGETHER) * OWN_HEAD;  // floats of a warp: q, new keys
+constexpr int PARTS_OF_ROW = 8, LEAST_PART = 64;
+constexpr int SPLIT_GROUPS = 16;             // of positions whose values are summed one after the other
+// Of the table, in shared memory: while the next is copied, some threads may be at the last phase's end still.
+constexpr int PHASES = 3;
+constexpr int SEVERAL = -1;                  // of `Share::second`
+constexpr int DRAWN = 4;                     // columns of a code that was drawn
 
-constexpr int AND_OR = 0xea;      // (a & b) | c
-constexpr int NOT_AND_OR = 0xae;  // (~a & b) | c
-constexpr uint32_t HALVES = 0x000f000f;
-constexpr uint32_t MAGIC = 0x43004300;
-constexpr float OFFSET_INT4 = 128 + 8;
+// Whose phases a kernel has the code of: the transformers', or those of codec.cuh without or with those of frames.cuh.
+enum Kind { TRANSFORMER, STREAMS, FRAMES };
 
-#ifndef PACED
-#define PACED 1
-#endif
-
-// Of the launch that has a kernel of its own.
-constexpr int USUAL_DIM = 1024, USUAL_FFN = 4096, USUAL_BLOCKS = 128, USUAL_THREADS = 512;
-// A block has a job of each phase but two of GATE_UP; a warp a unit of QKV or of OUT, two of GATE_UP and one of DOWN.
-static_assert(USUAL_BLOCKS == USUAL_DIM / 8 && USUAL_BLOCKS == USUAL_FFN / TILE / 2);
-static_assert(USUAL_THREADS / 32 == USUAL_DIM / COLUMNS * 2 && USUAL_THREADS / 32 == USUAL_FFN / COLUMNS / 2);
-
-enum { QKV, OUT, GATE_UP, DOWN };
-
-struct Decoder {
-    const uint4* words;      // [layers, units of a layer, BITS / 2, 32]
-    const uint2* scales;     // [layers, units of a layer, 8]: scale and zero of row g, then of row g + 8
-    const uint16_t* norms;   // [2 layers + 1, dim]
-    const uint16_t* bias;    // [layers, 3 dim]
-    const float* angles;     // [POSITIONS, 2, HEAD / 2]: cosines, sines
-    const uint16_t* inputs;  // [steps, dim], or with heads [1, dim]
-    const uint16_t* heads;   // [rows of all channels, dim], or null
-    const uint16_t* embeddings;  // [rows of all channels, dim]
-    const float* noise;      // [FRAMES, rows of all channels], or null
-    int* codes;              // [channels, FRAMES]
-    uint16_t* hidden;        // [steps, dim]
-    uint16_t* cache;         // [layers, heads, 512]: k [2, 16 positions, 8], v [2, 16, 8 positions]
-    uint4* exchanged;        // of each phase what `Engine` says; zeros at first
-    uint32_t* state;         // the last tag, 32 words on an error; zeros at first
-    int64_t* clocks;         // [blocks, NOTED, TIMES], or null
-    int dim, ffn, layers, steps;
-    int keep;                // layers whose weights are to stay in L2; < 0: L2 is told nothing
-    int pause;               // nanoseconds between two looks
-    int without;             // for measurements, which spoil the result: 1 the waiting for data, 2 the weights' copies,
-                             // 4 the reads of earlier keys and values
-    float eps;
-    float per_temperature;
-    int channels;
-    int firsts[CHANNELS + 1], empty[CHANNELS];  // rows of the channels; codes that are not drawn
-    int most_sums, most_units;  // units of a block's largest phase, of a warp in a layer
+// What a block has of a product, whatever the step.
+struct Share {
+    uint16_t classes;   // of units of K
+    uint16_t units;     // of K
+    uint16_t together;  // tiles whose sums fit into a buffer
+    uint16_t own;       // tiles
+    int32_t pieces;     // of 16 bytes in a row of W
+    // Of tiles that are alike: the first row of W of the first, how far on that of the next begins, and a tile's second
+    // octet behind its first; `second` is 0 where it has one only, and SEVERAL where tiles are not alike.
+    int32_t row, to_next, second;
 };
 
-struct Phase {
-    int units, inner;  // of a job; those that a sum has
-    int first;         // unit of a layer
-    int total;         // units of this block
-    int start;         // warp of the first unit
+__host__ __device__ inline int sums_stride(int rows) { return rows == 1 ? 16 : 20; }  // floats of a column: no bank twice
+__host__ __device__ inline int sums_of_task(int rows) { return rows * sums_stride(rows); }
+
+// Where things lie in a block's shared memory, as bytes from its begin.
+struct Places {
+    int scales, x, sums, squares, sums_x, norms, own, new_heads, matrices, shares, phases, groups, now, began, program, total;
+
+    __host__ __device__ Places(const Program& p, int threads, int depth) {
+        const int warps = threads / 32;
+        int end = warps * depth * PART_PIECES * 16;  // the queues come first
+        const auto take = [&end](int bytes) {
+            const int begin = end;
+            end += (bytes + 15) / 16 * 16;
+            return begin;
+        };
+        const int x_bytes = p.x_columns * p.rows * 2;
+        scales = take(p.stream_rows ? 0 : warps * depth * 32 * 4);
+        x = take(x_bytes > p.scratch_bytes ? x_bytes : p.scratch_bytes);  // [block of columns, i, row, t] pieces
+        // [2, tile, class, row of x, row of W]; of streams' rows [1, ...]
+        sums = take((p.stream_rows ? 1 : 2) * p.sums_floats * 4);
+        squares = take(MOST_NORMED / COLUMNS * MOST_ROWS * 4);  // [block of columns, row of x]
+        sums_x = take(p.x_columns / COLUMNS * MOST_ROWS * 4);
+        norms = take(MOST_ROWS * 4);
+        own = take(p.together ? warps * OWN_SCRATCH * 4 : 0);
+        new_heads = take(p.together ? MOST_ROWS * 9 * OWN_HEAD * 4 : 0);  // [row of x, q k v, columns of a job]
+        matrices = take(p.count * int(sizeof(Matrix)));
+        shares = take(p.count * int(sizeof(Share)));
+        phases = take(PHASES * int(sizeof(Phase)));
+        groups = take(warps * 16);
+        now = take(warps * 12);
+        began = take(8);
+        program = take(p.groups ? int(sizeof(Program)) : 0);
+        total = end;
+    }
 };
 
-// A unit of a warp: its number in a layer; the block of columns of x that it meets; where its sums go.
-struct Unit {
-    int number;
-    uint16_t block, sums;
-};
+__device__ inline bool there(const uint2& piece) { return piece.x != NOT_THERE; }
 
-__device__ inline uint32_t part_of(const uint4& words, int i) {
-    return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
-}
-
-__device__ inline uint32_t pair(uint32_t word, int shift) { return lop3<AND_OR>(word >> shift, HALVES, MAGIC); }
-
-// Two q + 128 of a word, at bits 0 and 16, as two q: 128 and the low seven bits, less 128 or 256.
-__device__ inline uint32_t byte_pair(uint32_t word) {
-    return add_pairs<Bfloat16>(lop3<AND_OR>(word, 0x007f007f, MAGIC), lop3<NOT_AND_OR>(word, 0x00800080, 0xc300c300));
-}
-
-// 16 bytes of shared memory at once.
-__device__ inline void load_four(const float* from, float (&values)[4]) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    values[0] = bits_float(bits.x), values[1] = bits_float(bits.y);
-    values[2] = bits_float(bits.z), values[3] = bits_float(bits.w);
-}
-
-__device__ inline float silu(float value) { return fast_divide(value, 1 + fast_exp(-value)); }
-
-// Where column c of x lies in shared memory, in 16-bit values: as the four registers of a 16-byte load that meet the
-// words of a thread.
-template <int BITS>
-__device__ inline uint32_t place_of(uint32_t c) {
-    constexpr uint32_t PLANES = 32 / BITS, WIDTH = COLUMNS / PLANES, HALF = PLANES / 2;
-    const uint32_t plane = c % COLUMNS / WIDTH, word = c % WIDTH, t = word % 16 / 4;
-    const uint32_t reg = word / 16 * 8 + word % 4 * HALF + plane % HALF;
-    return c / COLUMNS * COLUMNS + ((reg / 4 * 4 + t) * 4 + reg % 4) * 2 + plane / HALF;
-}
-
-// How far behind column c that of c + e lies: c is a multiple of 4, e less than 4.
-template <int BITS>
-__device__ constexpr uint32_t place_after(uint32_t e) { return BITS == 8 ? e / 2 * 32 + e % 2 * 4 : e * 32; }
-
-// A float32 as an integer of the same order.
-__device__ inline uint32_t ordered(float value) {
-    const uint32_t bits = float_bits(value);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-__device__ inline uint32_t tagged(float value, uint32_t tag, int i) {
-    const uint32_t bits = float_bits(value);
-    return ((bits + 8) & ~15u) | (tag >> 4 * i & 15);
-}
-
-__device__ inline bool is_of(const uint4& piece, uint32_t tag) {
-    return (((piece.x ^ tag) | (piece.y ^ tag >> 4) | (piece.z ^ tag >> 8) | (piece.w ^ tag >> 12)) & 15) == 0;
-}
-
-__device__ inline void untag(const uint4& piece, float (&values)[4]) {
-    values[0] = bits_float(piece.x & ~15u);
-    values[1] = bits_float(piece.y & ~15u);
-    values[2] = bits_float(piece.z & ~15u);
-    values[3] = bits_float(piece.w & ~15u);
-}
-
-template <int BITS, int DEPTH, bool USUAL>
+template <class T, int DEPTH>
 struct Engine {
-    static constexpr bool SUM_X = BITS == 4;  // int8 has neither zeros nor an offset
-    static constexpr int PARTS = BITS / 2;  // 16-byte words of a thread in a unit
+    const Program& p;
+    const Places& places;
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int blocks = gridDim.x, rows;
 
-    const Decoder& p;
-    const int warps = threads() / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int heads = dim() / HEAD, quads = dim() / 4;
+    // Shared memory, at places that the launch has: what is kept in a register is none of the multiplication's.
+    template <class Value>
+    __device__ static Value* at(int place) { return reinterpret_cast<Value*>(dynamic_shared() + place); }
+    __device__ uint4* fifo() const { return at<uint4>(0); }  // [warps, DEPTH, 2 octets, 32]
+    // [warps, DEPTH, scales and zeros, 2 octets, 8]: words that hold them
+    __device__ uint32_t* fifo_scales() const { return at<uint32_t>(places.scales); }
+    __device__ uint4* x() const { return at<uint4>(places.x); }
+    __device__ float* sums() const { return at<float>(places.sums); }
+    __device__ float* squares() const { return at<float>(places.squares); }
+    __device__ float* sums_x() const { return at<float>(places.sums_x); }
+    __device__ float* norms() const { return at<float>(places.norms); }
+    __device__ float* own() const { return at<float>(places.own); }
+    __device__ float* new_heads() const { return at<float>(places.new_heads); }
+    __device__ Matrix* matrices() const { return at<Matrix>(places.matrices); }
+    __device__ Share* shares() const { return at<Share>(places.shares); }
+    __device__ Phase* phases() const { return at<Phase>(places.phases); }
 
-    // What the usual launch knows when it is compiled.
-    __device__ int dim() const { return USUAL ? USUAL_DIM : p.dim; }
-    __device__ int ffn() const { return USUAL ? USUAL_FFN : p.ffn; }
-    __device__ int threads() const { return USUAL ? USUAL_THREADS : int(blockDim.x); }
-    __device__ int blocks() const { return USUAL ? USUAL_BLOCKS : int(gridDim.x); }
+    int buffer = 0;             // of sums
+    mutable bool lost = false;  // whether this thread has waited in vain
 
-    __device__ int jobs_of(int which) const { return which == GATE_UP ? ffn() / TILE : dim() / 8; }
-    __device__ int tiles_of(int which) const { return which == QKV ? 3 : which == GATE_UP ? 2 : 1; }
-    __device__ int inner_of(int which) const {
-        return which == DOWN ? ffn() / COLUMNS / 2 : which == GATE_UP ? dim() / COLUMNS : dim() / COLUMNS / 2;
-    }
-    __device__ int own_of(int which) const {
-        return USUAL ? jobs_of(which) / blocks() : (jobs_of(which) - int(blockIdx.x) + blocks() - 1) / blocks();
-    }
-
-    // Shared memory.
-    uint4* fifo;        // [warps, DEPTH, PARTS, 32]
-    uint2* fifo_scales; // [warps, DEPTH, 32]
-    uint16_t* x;        // [max(dim, ffn)], in the order of `place_of`
-    float* x_sums;      // of 16 columns of x
-    float* squares;     // of 128 columns of the residual
-    float* sums;        // [units of the block's largest phase, TILE]
-    float* parts;       // [warps, 2 heads, 2 halves, 3 HEAD]
-    float* angles;      // [POSITIONS, 2, HEAD / 2]
-    Phase* phases;      // [PHASES]
-    Unit* units;        // [warps, most_units], of a layer
-    int* counts;        // [warps, PHASES]: units of each phase
-    int64_t* times;     // [NOTED, TIMES]
-    uint32_t* bests;    // [FRAMES, 2, 32]: of each warp the greatest of a channel, and its code
-    uint32_t* stop;
-
-    // Buffers of what is exchanged: pieces of four columns.
-    uint4* qkv;    // [heads, 2 halves of K, q k v, 4]
-    uint4* out;    // [2 halves of K, dim / 4]
-    uint4* gated;  // [ffn / 4]
-    uint4* down;   // [2 halves of K, dim / 4]
-    uint4* logits; // [rows of the active channels / 4, rounded up]
-
-    uint64_t kept, others;
-    int layer_units;
-    int needs = 0;         // the halves of K of this block's OUT and DOWN jobs, a bit each
-    float residual[4];     // columns 4 threadIdx.x ...
-    uint32_t tag;          // of this layer
-    int64_t since = 0;
-
-    // Of this warp's units of a layer: all of them, the next to ask for, the next to multiply; and their slots.
-    int all_units = 0, ask_unit = 0, unit = 0, ask_slot = 0, slot = 0;
-    int ask_layer = 0, layers_to_ask;
-
-    __device__ Engine(const Decoder& p, unsigned char* shared) : p(p) {
-        fifo = reinterpret_cast<uint4*>(shared);
-        fifo_scales = reinterpret_cast<uint2*>(fifo + warps * DEPTH * PARTS * 32);
-        const int widest = dim() > ffn() ? dim() : ffn();
-        times = reinterpret_cast<int64_t*>(fifo_scales + warps * DEPTH * 32);
-        x = reinterpret_cast<uint16_t*>(times + NOTED * TIMES);
-        x_sums = reinterpret_cast<float*>(x + widest);
-        parts = x_sums + widest / 16;
-        squares = parts + warps * 12 * HEAD;
-        angles = squares + 32;
-        bests = reinterpret_cast<uint32_t*>(angles + POSITIONS * HEAD);
-        sums = reinterpret_cast<float*>(bests + FRAMES * 64);
-        units = reinterpret_cast<Unit*>(sums + p.most_sums * TILE);
-        counts = reinterpret_cast<int*>(units + warps * p.most_units);
-        phases = reinterpret_cast<Phase*>(counts + warps * PHASES);
-        stop = reinterpret_cast<uint32_t*>(phases + PHASES);
-        qkv = p.exchanged;
-        out = qkv + heads * 24;
-        gated = out + 2 * quads;
-        down = gated + ffn() / 4;
-        logits = down + 2 * quads;
-        kept = p.keep < 0 ? policy_evict_normal() : policy_evict_last();
-        others = p.keep < 0 ? policy_evict_normal() : policy_evict_first();
-        for (int job = blockIdx.x; job < dim() / TILE * 2; job += blocks()) needs |= 1 << job % 2;
-        layer_units = (4 * dim() + 3 * ffn()) / TILE * (dim() / COLUMNS);
-        layers_to_ask = p.layers * p.steps;
-        if (threadIdx.x == 0) {
-            *stop = 0;
-            plan();
-        }
-        for (int i = threadIdx.x; i < POSITIONS * HEAD; i += threads()) angles[i] = p.angles[i];
-        for (int i = threadIdx.x; i < NOTED * TIMES; i += threads()) times[i] = 0;
-    }
-
-    __device__ void plan();
-    __device__ void list();
-    __device__ void ask();
-    template <int LEFT>
-    __device__ void multiply_next();
-    template <int WHICH>
-    __device__ void multiply();
-    __device__ void multiply_unit(const uint4* from, const uint2 scale, int block, float* to);
-    __device__ bool get(const uint4* from, const uint4* other, uint32_t tag, uint4& piece, uint4& second);
-    __device__ bool get(const uint4* from, uint32_t tag, uint4& piece);
-
-    // Of norm i, what this thread multiplies with. Weights like these come from DRAM: they are asked for phases ahead.
-    __device__ uint2 norm_of(int i) const {
-        if (int(threadIdx.x) >= quads || i > 2 * p.layers) return make_uint2(0, 0);
-        return reinterpret_cast<const uint2*>(p.norms + int64_t(i) * dim())[threadIdx.x];
-    }
-
-    __device__ void stage_residual(int which, const uint4* partial, uint32_t tag, const uint2 weight,
-                                   const uint16_t* input);
-
-    __device__ float norm_scale() const {
-        float square = 0;
-#pragma unroll 8
-        for (int i = 0; i < dim() / COLUMNS; ++i) square += squares[i];
-        return rsqrtf(square / dim() + p.eps);
-    }
-
-    __device__ void stage_gated();
-
-    // Of two heads, lane d of 16 of each: the key of position d, rubbish where none is yet; value d of all positions,
-    // zeros where none is.
-    struct Past {
-        uint4 keys[2], values[2];
+    // The next part of a unit that this warp asks for.
+    struct Walk {
+        int phase;              // `count` after the last
+        int tile, of_class, unit, part;
+        int upper, lower;       // rows of W of this lane, as 16-byte pieces from its begin; lower < 0: none
+        int scale_row;          // of W, that this lane asks for a scale or zero of
+    } walk;
+    // Where this warp is: the place of its phase in shared memory, the phase's number, and that of the step.
+    struct Now {
+        int place, index, step;
     };
-
-    __device__ uint16_t* cache_of(int layer, int head) const {
-        return p.cache + (int64_t(layer) * heads + head) * POSITIONS * 2 * HEAD;
-    }
-
-    __device__ int first_pair() const { return needs & 1 ? 0 : heads / 4; }
-
-    __device__ void load_past(int layer, int position, int pair, Past& past) const;
-    __device__ void stage_attention(int layer, int position, Past& past);
-    __device__ void add(int first, int inner, int quad, float (&total)[4]) const;
-
-    __device__ void put(uint4* to, const float (&values)[4]) const {
-        store_relaxed(to, make_uint4(tagged(values[0], tag, 0), tagged(values[1], tag, 1), tagged(values[2], tag, 2),
-                                     tagged(values[3], tag, 3)));
-    }
-
-    __device__ const uint2* bias_of(int layer, uint32_t i) const {
-        const uint32_t job = blockIdx.x + i / 12 * blocks(), row = i % 12 / 4 * dim() + job / 2 * HEAD + i % 4 * 4;
-        return reinterpret_cast<const uint2*>(p.bias + int64_t(layer) * 3 * dim() + row);
-    }
-
-    __device__ void publish_gated(float scale);
-    template <int WHICH>
-    __device__ void publish(int layer, const uint2 first_bias, float scale);
-
-    __device__ void note(int phase, int time) {
-        if (p.clocks == nullptr || threadIdx.x) return;
-        const int64_t now = clocks_now();
-        if (phase >= 0) times[phase * TIMES + time] += now - since;
-        since = now;
-    }
-
-    // From what is staged to what is published. False if all are to leave.
-    template <int WHICH>
-    __device__ bool finish(int layer, const uint2 bias = {}) {
-        __syncthreads();
-        if (*stop) return false;
-        note(WHICH, 1);
-        // Of those that publish.
-        float scale = 0;
-        if ((WHICH == QKV || WHICH == GATE_UP) && (!USUAL || warp == 0)) scale = norm_scale();
-        multiply<WHICH>();
-        __syncthreads();
-        note(WHICH, 2);
-        publish<WHICH>(layer, bias, scale);
-        note(WHICH, 3);
-        return true;
-    }
-
-    __device__ uint2 first_bias_of(int layer) const {
-        if (layer == p.layers) layer = 0;
-        return int(threadIdx.x) < own_of(QKV) * 12 ? *bias_of(layer, threadIdx.x) : make_uint2(0, 0);
-    }
-
-    static __device__ float dot(const uint4& a, const uint4& b);
-
-    // Rows first ... last - 1 of the heads: this step's channels.
-    struct Active {
-        int low, high, first, rows;
+    // What the walk looks at once a unit: the step; of the group of tiles, its first and their number; the first unit of the
+    // columns that x has.
+    struct Group {
+        int step, tile0, tiles, chunk;
     };
+    int ask_slot = 0, slot = 0;
 
-    __device__ Active active_in(int step) const {
-        const int low = step < FRAMES ? 0 : step - FRAMES + 1, high = step < p.channels ? step + 1 : p.channels;
-        return {low, high, p.firsts[low], p.firsts[high] - p.firsts[low]};
+    // What a register is not spent on. Lane 0 writes it, when all lanes have read it.
+    __device__ Group& group() const { return at<Group>(places.groups)[warp]; }
+    __device__ Now& now() const { return at<Now>(places.now)[warp]; }
+    template <class Value>
+    __device__ void keep(Value& place, const Value& value) const {
+        sync_warp();
+        if (lane == 0) place = value;
+        sync_warp();
     }
 
-    // Row i of those that are this block's: every blocks()-th four of them.
-    __device__ int head_row(int i) const { return (blockIdx.x + i / 4 * blocks()) * 4 + i % 4; }
+    __device__ Engine(const Program& p, const Places& places) : p(p), places(places), rows(p.rows) {}
 
-    __device__ void load_head(const Active& active, int row, uint4 (&values)[4]) const;
-    __device__ void make_logits(const Active& active, uint4 (&values)[4], const uint4 (&more)[4]);
-    __device__ void load_noise(int step, const Active& active, int i, float (&noise)[4]) const;
-    __device__ bool draw(int step, const Active& active, const float (&noises)[2][4]);
+    // ---- Phases
 
-    __device__ bool step(int step) {
-        uint2 norm = norm_of(0), bias = first_bias_of(0);
-#pragma unroll 1
-        for (int layer = 0; layer < p.layers; ++layer) {
-            const uint32_t before = tag++;
-            const bool given = layer == 0 && (step == 0 || p.heads == nullptr);
-            stage_residual(QKV, layer ? down : nullptr, before, norm, given ? p.inputs + int64_t(step) * dim() : nullptr);
-            // These come while the phase multiplies and nobody waits for what is exchanged.
-            Past past;
-            load_past(layer, step, first_pair() + warp, past);
-            const uint2 norm_between = norm_of(2 * layer + 1);
-            if (!finish<QKV>(layer, bias)) return false;
-            stage_attention(layer, step, past);
-            if (!finish<OUT>(layer)) return false;
-            stage_residual(GATE_UP, out, tag, norm_between, nullptr);
-            norm = norm_of(2 * layer + 2), bias = first_bias_of(layer + 1);
-            if (!finish<GATE_UP>(layer)) return false;
-            // Of this step's keys and values, before its last sums.
-            if (layer + 1 == p.layers) fence();
-            stage_gated();
-            if (!finish<DOWN>(layer)) return false;
-        }
-        const Active active = active_in(step);
-        uint4 values[4], more[4];
-        if (p.heads) load_head(active, head_row(warp), values), load_head(active, head_row(warp + warps), more);
-        float noises[2][4];
-        if (p.heads)
-            for (int k = 0; k < 2; ++k) load_noise(step, active, threadIdx.x + k * threads(), noises[k]);
-        stage_residual(END, down, tag, norm, nullptr);
-        __syncthreads();
-        if (*stop) return false;
-        note(END, 1);
-        if (blockIdx.x == 0 && int(threadIdx.x) < quads) {
-            const float scale = norm_scale();
-            const uint16_t weights[4] = {uint16_t(norm.x), uint16_t(norm.x >> 16), uint16_t(norm.y),
-                                         uint16_t(norm.y >> 16)};
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int column = 4 * threadIdx.x + e;
-                p.hidden[int64_t(step) * dim() + column] = narrow<Bfloat16>(residual[e] * scale * widen<Bfloat16>(weights[e]));
-            }
-        }
-        if (p.heads) {
-            make_logits(active, values, more);
-            // After the step's last sums came, before a barrier and then the reads of what they tell of.
-            fence();
-            return draw(step, active, noises);
-        }
-        fence();
-        __syncthreads();
-        return true;
+    // The phase after this one. False after the last.
+    __device__ bool advance(int& phase, int& step) const {
+        if (++phase == p.loop_end && step + 1 < p.steps) phase = p.loop_begin, ++step;
+        return phase < p.count;
     }
 
-    __device__ void run() {
+    // Where a vector begins that is made in, or for, this step.
+    __device__ uint16_t* vector(int number, int step, bool outside) const {
+        return p.exchanged + (int64_t(number) + (outside ? 0 : int64_t(step) * p.loop_columns)) * rows;
+    }
+    __device__ uint16_t* from_of(const Phase& phase) const {
+        return vector(phase.from, now().step, phase.from_prologue & 1);
+    }
+    __device__ uint16_t* to_of(const Phase& phase) const {
+        return vector(phase.to, now().step + (phase.from_prologue >> 2 & 1), false);
+    }
+
+    // By the last warp first: it has the least to do with x.
+    __device__ void copy_words(const void* from, void* to, int bytes) const {
+        for (int i = blockDim.x - 1 - threadIdx.x; i < bytes / 4; i += blockDim.x)
+            static_cast<uint32_t*>(to)[i] = static_cast<const uint32_t*>(from)[i];
+    }
+
+    // What the next phase needs from memory, into L1 while this one ends; after a barrier.
+    __device__ void prefetch() const {
+        Now next = now();
+        if (!advance(next.index, next.step)) return;
+        const Phase& phase = phases()[after(next.place)];
+        const int lines = phase.norm ? (phase.columns + 63) / 64 : 0;
+        for (int i = threadIdx.x; i < lines; i += blockDim.x) prefetch_l1(phase.norm + i * 64);
+        const int biases = phase.bias ? (matrices()[next.index].n + 63) / 64 : 0;
+        for (int i = threadIdx.x; i < biases; i += blockDim.x) prefetch_l1(phase.bias + i * 64);
+    }
+
+    __device__ static int after(int place) { return place + 1 == PHASES ? 0 : place + 1; }
+
+    // False if all are to leave.
+    template <Kind KIND>
+    __device__ __forceinline__ bool run() {
+        copy_words(p.matrices, matrices(), p.count * int(sizeof(Matrix)));
+        copy_words(p.phases, phases(), int(sizeof(Phase)));
         __syncthreads();
-        list();
-#pragma unroll 1
-        for (int i = 0; i < DEPTH - (USUAL && PACED); ++i) ask();
-        tag = load_relaxed(p.state);
-        note(-1, 0);
+        for (int i = threadIdx.x; i < p.count; i += blockDim.x) shares()[i] = share_of(matrices()[i]);
+        __syncthreads();
+        begin();
+        ask(DEPTH);
+        keep(now(), Now{});
         bool going = true;
-        for (int i = 0; going && i < p.steps; ++i) going = step(i);
+#pragma unroll 1
+        for (bool more = true; more && going;) {
+            Now next = now();
+            if (advance(next.index, next.step))
+                copy_words(p.phases + next.index, phases() + after(next.place), int(sizeof(Phase)));
+            going = phase<KIND>(phases()[now().place]);
+            next = now();
+            more = advance(next.index, next.step);
+            next.place = after(next.place);
+            keep(now(), next);
+        }
         cp_async_wait_group<0>();
-        if (!going) return;
-        // Every block has read the first tag before it published anything.
-        if (blockIdx.x == 0 && threadIdx.x == 0) store_relaxed(p.state, tag);
-        if (p.clocks)
-            for (int i = threadIdx.x; i < NOTED * TIMES; i += threads())
-                p.clocks[int64_t(blockIdx.x) * NOTED * TIMES + i] = times[i];
+        return going;
     }
+
+    // Ends after a barrier that all threads came to after the next phase was copied. False if all are to leave.
+    template <Kind KIND>
+    __device__ __forceinline__ bool phase(const Phase& phase) {
+        if (p.clocks && threadIdx.x == 0) *at<int64_t>(places.began) = clocks_now();
+        bool going = true;
+        if constexpr (KIND == STREAMS) {
+            going = phase.operation == ATTEND_RING ? attend_ring(phase) : product_of_rows(phase);
+        } else if constexpr (KIND == FRAMES) {
+            going = phase.operation == ATTEND_FRAMES ? attend_frames(phase) : product_of_rows(phase);
+        } else switch (phase.operation) {
+            case PRODUCT: going = product(phase); break;
+            case NORMALIZE: going = normalize(phase); break;
+            case ATTEND: going = attend(phase); break;
+            case DRAW: going = draw(phase); break;
+            case EMBED: going = embed(phase); break;
+            case TEXT: __syncthreads(); break;  // `draw_text` follows
+        }
+        if (p.clocks && threadIdx.x == 0) p.clocks[int64_t(blockIdx.x) * p.count + now().index] += clocks_now() - *at<int64_t>(places.began);
+        return going;
+    }
+
+    // ---- What blocks exchange
+
+    // Whether to go on looking: everybody leaves once somebody has lost patience.
+    __device__ bool patient(uint32_t looks) const {
+        look_again(p.pause);
+        if (looks % 1024) return true;
+        if (looks >= PATIENCE) store_relaxed(p.error, 1);
+        if (!load_relaxed(p.error)) return true;
+        lost = true;
+        return false;
+    }
+
+    // A barrier. False if a thread of the block has waited in vain: then all leave.
+    __device__ bool together() const { return !any_of_block(lost); }
+
+    // Four columns.
+    __device__ uint2 wait_for(const uint16_t* from) const {
+        const uint2* const at = reinterpret_cast<const uint2*>(from);
+        uint2 piece = load_relaxed(at);
+#pragma unroll 1
+        for (uint32_t looks = 1; !there(piece) && patient(looks); ++looks) piece = load_relaxed(at);
+        return piece;
+    }
+
+    // Twice four columns; both are asked for before either is waited for.
+    __device__ void wait_for(const uint16_t* from, const uint16_t* other, uint2& piece, uint2& second) const {
+        const uint2 *const at = reinterpret_cast<const uint2*>(from), *const at2 = reinterpret_cast<const uint2*>(other);
+        piece = load_relaxed(at), second = load_relaxed(at2);
+#pragma unroll 1
+        for (uint32_t looks = 1; !(there(piece) && there(second)) && patient(looks); ++looks) {
+            if (!there(piece)) piece = load_relaxed(at);
+            if (!there(second)) second = load_relaxed(at2);
+        }
+    }
+
+    __device__ static void put(void* to, uint2 piece) {
+        if (!there(piece)) piece.x = 0x7fff7fff;  // another NaN
+        store_relaxed(static_cast<uint2*>(to), piece);
+    }
+
+    // The values of four neighbouring lanes, put by the first of them. All lanes of the warp call this.
+    __device__ void put_four(uint16_t* to, uint16_t value, bool real) const {
+        const uint32_t mine = value;
+        const uint32_t pair = mine | float_bits(shfl_xor(bits_float(mine), 1)) << 16;
+        const uint32_t other = float_bits(shfl_xor(bits_float(pair), 2));
+        if (lane % 4 == 0 && real) put(to, make_uint2(pair, other));
+    }
+
+    __device__ static float value_of(const uint2& piece, int i) {
+        return widen<T>(uint16_t((i < 2 ? piece.x : piece.y) >> i % 2 * 16));
+    }
+
+    // stream.cuh
+    __device__ Share share_of(const Matrix& matrix) const;
+    __device__ int own_tiles(const Matrix& matrix, const Share& share, int step) const;
+    __device__ int weight_row(const Matrix& matrix, int step, int tile, int half, int within) const;
+    __device__ void begin();
+    __device__ void begin_columns();
+    __device__ int end_of_columns(const Share& share, int chunk) const {
+        const int end = chunk + p.x_columns / COLUMNS;
+        return end < share.units ? end : share.units;
+    }
+    __device__ void settle();
+    __device__ void find_rows();
+    __device__ void ask(int count);
+
+    // product.cuh
+    struct Source;
+    struct Item;
+    struct Ahead {
+        uint16_t bias;
+        uint2 residual;
+    };
+    template <class F, class Of>
+    __device__ void each_eight(int xs, int first, int count, Of of) const;
+    template <class F>
+    __device__ void stage(const Phase& phase, int first, int count);
+    template <class F>
+    __device__ void stage_quarters(const Phase& phase, const Source& source, int xs, int first, int count);
+    template <class F>
+    __device__ void stage_words(const Phase& phase, const Source& source, int xs, int first, int count);
+    __device__ void square_rows(const Phase& phase);
+    template <class F>
+    __device__ void add_unit(const Matrix& matrix, int unit, int parity, int xs, float (&total)[4]);
+    template <class F>
+    __device__ void multiply(const Matrix& matrix, const Share& share, int tiles, int chunk, int xs, float* to);
+    template <class F>
+    __device__ bool product_of_form(const Phase& phase);
+    __device__ bool product(const Phase& phase);
+    __device__ void find_norms(const Phase& phase);
+    __device__ int items(const Phase& phase, const Matrix& matrix, int tiles) const;
+    __device__ Ahead look_ahead(const Phase& phase, const Matrix& matrix, int tile0, int tiles) const;
+    __device__ float sum_of(const Share& share, const float* from, int tile, int m, int row) const;
+    __device__ void publish(const Phase& phase, const Matrix& matrix, const Share& share, int tile0, int tiles,
+                            const float* from, const Ahead& first);
+    __device__ const uint16_t* residual_from(const Phase& phase) const {
+        return vector(phase.residual, now().step, phase.from_prologue & 2);
+    }
+    __device__ float residual_of(const Phase& phase, const Item& item, const uint2& before) const;
+    __device__ bool normalize(const Phase& phase);
+
+    // patch_attention.cuh
+    __device__ uint16_t* own_cache_of(int layer, int head, int m) const {
+        return p.own_cache + ((int64_t(layer) * p.heads + head) * rows + m) * OWN_VALUES;
+    }
+    __device__ void prefetch_own(const Phase& phase, const Matrix& matrix) const;
+    __device__ void publish_heads(const Phase& phase, const Matrix& matrix, const Share& share, int tile0,
+                                  int tiles, const float* from);
+    __device__ void attend_own(const Phase& phase, int columns, int first, int within, int m);
+
+    // split_attention.cuh
+    struct Part;
+    __device__ bool attend(const Phase& phase);
+    __device__ float* part_of(const Phase& phase, const Part& part, int number) const;
+    __device__ bool attend_part(const Phase& phase, const Part& part);
+    __device__ void merge_parts(const Phase& phase, const Part& part);
+
+    // codes.cuh
+    struct Channel;
+    __device__ bool draw(const Phase& phase);
+    __device__ bool embed(const Phase& phase);
+
+    // codec.cuh
+    __device__ static float gelu_of(float value);
+    __device__ bool stage_rows(const Phase& phase, int first, int count);
+    template <int TILES>
+    __device__ void add_unit_to_tiles(int unit, bool first, float* sums_of_class);
+    template <int TILES>
+    __device__ void multiply_tiles(const Share& share, int tiles, int chunk);
+    template <int TILES>
+    __device__ bool product_of_tiles(const Phase& phase);
+    __device__ bool product_of_rows(const Phase& phase);
+
+    // ring_attention.cuh
+    struct Ring;
+    __device__ bool attend_ring(const Phase& phase);
+    __device__ bool bring_heads(const Phase& phase, const Ring& ring, uint16_t* to);
+    __device__ void attend_queries(const Phase& phase, const Ring& ring, const uint16_t* fresh, int first);
+
+    // frames.cuh
+    __device__ static const Program& of_group(const Program& all, const Places& places);
+    __device__ bool attend_frames(const Phase& phase);
+
+    // text_passes.cuh, text.cuh
+    struct TextPasses;
+    struct Text;
+    __device__ void draw_text() const;
 };
 
 }  // namespace

@@ -74,6 +74,12 @@ __device__ inline void look_again(int nanoseconds) {
 
 __device__ inline int64_t clocks_now() { return clock64(); }
 
+// A barrier of the block; whether any of its threads brought true.
+__device__ inline bool any_of_block(bool mine) { return __syncthreads_or(mine); }
+
+// A line of L1 is asked for, for a later load.
+__device__ inline void prefetch_l1(const void* from) { asm volatile("prefetch.global.L1 [%0];" ::"l"(from)); }
+
 // Lines that leave L2 last.
 __device__ inline uint64_t policy_evict_last() {
     uint64_t policy;
@@ -90,6 +96,11 @@ __device__ inline void copy_16(void* shared, const void* global, uint64_t policy
                  : "memory");
 }
 
+__device__ inline void copy_4(void* shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))), "l"(global)
+                 : "memory");
+}
+
 __device__ inline void copy_8(void* shared, const void* global, uint64_t policy) {
     asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 8, %2;" ::"r"(
                      uint32_t(__cvta_generic_to_shared(shared))),
@@ -99,8 +110,12 @@ __device__ inline void copy_8(void* shared, const void* global, uint64_t policy)
 
 __device__ inline uint32_t greatest_of_warp(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 
+// The sum, modulo 2^32.
+__device__ inline uint32_t add_of_warp(uint32_t value) { return __reduce_add_sync(0xffffffffu, value); }
+
 // Within some units in the last place, without the cases of a division that IEEE 754 asks for.
 __device__ inline float fast_exp(float value) { return __expf(value); }
+__device__ inline float fast_log(float value) { return __logf(value); }
 __device__ inline float fast_divide(float value, float by) { return __fdividef(value, by); }
 
 __device__ inline uint32_t float_bits(float value) { return __float_as_uint(value); }
@@ -111,7 +126,7 @@ inline int fill_ones(void* to, size_t bytes, cudaStream_t stream) { return cudaM
 
 // Launches a kernel of one argument whose blocks may wait for each other: refused if they do not all fit at once.
 template <class Argument>
-int start_together(void (*kernel)(Argument), int blocks, int threads, int shared, cudaStream_t stream,
+int start_together(void (*kernel)(Argument), dim3 blocks, int threads, int shared, cudaStream_t stream,
                    const Argument& argument) {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error == cudaSuccess) {

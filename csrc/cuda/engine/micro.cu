@@ -1,8 +1,114 @@
-// What the design of a persistent engine rests on, measured alone: how long blocks take to exchange a vector, and how
-// fast they stream weights that L2 holds or does not hold. benchmarks/studies/engine.py runs these.
+// What the design of a persistent engine rests on, measured alone: how long blocks take to exchange a vector, how fast they
+// stream weights that L2 holds or does not hold, and both at once. benchmarks/studies/engine.py runs these.
+
+#include <engine/grid.cuh>
+
+namespace {
+
+constexpr uint32_t PATIENCE = 1 << 20;
+
+// Whether to go on looking: everybody leaves once somebody has lost patience.
+__device__ inline bool patient(uint32_t* error, uint32_t looks) {
+    if (looks % 1024) return true;
+    if (looks >= PATIENCE) store_relaxed(error, 1);
+    return load_relaxed(error) == 0;
+}
+
+// Phases as the engine has them: all of a vector is waited for, each warp takes `parts` parts of weights from a queue that
+// goes on over the phases, and the block makes its share of the next vector. Vectors are of words of 8 bytes, which were
+// ones before.
+struct Phases {
+    const uint4* weights;
+    int64_t pieces;     // of 1 KB
+    uint2* exchanged;   // [phases, words]
+    uint32_t* error;    // 0 at first
+    int words, phases, parts;
+    int waits;          // 0: nobody waits
+    uint32_t* result;   // [blocks, threads]: the sum of the words that were read, and of the weights' low words
+};
+
+template <int DEPTH>
+__global__ void __launch_bounds__(512) run_phases(const Phases p) {
+    const int warps = int(blockDim.x) / 32, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+    uint4* const fifo = reinterpret_cast<uint4*>(dynamic_shared()) + warp * DEPTH * 64 + lane;
+    const int64_t all = int64_t(gridDim.x) * warps;
+    int64_t next = int64_t(blockIdx.x) * warps + warp, left = int64_t(p.phases) * p.parts;
+    const uint64_t policy = policy_evict_first();
+    const auto ask = [&](int slot) {
+        if (left > 0) {
+            copy_16(fifo + slot * 64, p.weights + next * 64 + lane, policy);
+            copy_16(fifo + slot * 64 + 32, p.weights + next * 64 + 32 + lane, policy);
+            next += all, --left;
+            if (next >= p.pieces) next %= all;
+        }
+        cp_async_commit_group();
+    };
+    for (int i = 0; i < DEPTH; ++i) ask(i);
+    const int mine = int(int64_t(p.words) * blockIdx.x / gridDim.x);
+    const int after = int(int64_t(p.words) * (blockIdx.x + 1) / gridDim.x);
+    uint32_t sum = 0;
+    int slot = 0;
+    bool lost = false;
+    for (int n = 0; n < p.phases; ++n) {
+        if (n && p.waits) {
+            const uint2* const from = p.exchanged + int64_t(n - 1) * p.words;
+            for (int i = threadIdx.x; i < p.words && !lost; i += blockDim.x) {
+                uint2 got = load_relaxed(from + i);
+                for (uint32_t looks = 1; got.x == 0xffffffff; ++looks) {
+                    look_again(0);
+                    if (!patient(p.error, looks)) {
+                        lost = true;
+                        break;
+                    }
+                    got = load_relaxed(from + i);
+                }
+                sum += got.x ^ got.y;
+            }
+        }
+        if (any_of_block(lost)) break;
+        for (int part = 0; part < p.parts; ++part) {
+            cp_async_wait_group<DEPTH - 1>();
+            sum += fifo[slot * 64].x + fifo[slot * 64 + 32].x;
+            ask(slot);
+            slot = slot + 1 == DEPTH ? 0 : slot + 1;
+        }
+        // The products' sums would be there now.
+        any_of_block(false);
+        for (int i = mine + int(threadIdx.x); i < after; i += blockDim.x)
+            store_relaxed(p.exchanged + int64_t(n) * p.words + i, make_uint2(uint32_t(n), uint32_t(i)));
+    }
+    cp_async_wait_group<0>();
+    p.result[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}
+
+}  // namespace
+
+// Phases in one launch, of 1 to 512 threads in whole warps. bytes: of the weights, at least 1 KB for each warp of the grid;
+// depth: parts of 1 KB that a warp has on their way, 4, 6 or 8. exchanged: [phases, words] of 8 bytes; error: uint32, 0 at
+// first. Returns a cudaError_t.
+extern "C" int mimo_fast_engine_phases(const void* weights, int64_t bytes, void* exchanged, void* error, int words, int phases,
+                                       int parts, int waits, int depth, int blocks, int threads, void* result,
+                                       cudaStream_t at) {
+    const int64_t warps = int64_t(blocks) * (threads / 32), pieces = bytes / 1024 / warps * warps;
+    const Phases p{static_cast<const uint4*>(weights), pieces,
+                   static_cast<uint2*>(exchanged),     static_cast<uint32_t*>(error),
+                   words,                              phases,
+                   parts,                              waits,
+                   static_cast<uint32_t*>(result)};
+    const size_t filled = size_t(words) * phases * sizeof(uint2);
+    if (const int failed = fill_ones(exchanged, filled, at)) return failed;
+    const int shared = threads / 32 * depth * 1024;
+    switch (depth) {
+        case 4: return start_together(run_phases<4>, blocks, threads, shared, at, p);
+        case 6: return start_together(run_phases<6>, blocks, threads, shared, at, p);
+        default: return start_together(run_phases<8>, blocks, threads, shared, at, p);
+    }
+}
+
+// What the CPU build has no names for.
+#ifdef __CUDACC__
 
 #include <cooperative_groups.h>
-#include <grid.cuh>
 
 namespace {
 
@@ -11,7 +117,6 @@ namespace {
 enum Kind { TAGGED, COOPERATIVE, COUNTER, COOPERATIVE_ALONE, COUNTER_ALONE };
 
 constexpr int RING = 8;
-constexpr uint32_t PATIENCE = 1 << 20;
 
 struct Exchange {
     uint4* buffers;    // [RING, chunks], zeros at first
@@ -19,13 +124,6 @@ struct Exchange {
     int chunks, reads, iterations;
     uint32_t* result;  // [blocks]
 };
-
-// Whether to go on looking: everybody leaves once somebody has lost patience.
-__device__ inline bool patient(uint32_t* error, uint32_t looks) {
-    if (looks % 1024) return true;
-    if (looks >= PATIENCE) store_relaxed(error, 1);
-    return load_relaxed(error) == 0;
-}
 
 template <int KIND>
 __global__ void exchange(const Exchange e) {
@@ -189,3 +287,5 @@ extern "C" int mimo_fast_engine_stream(const void* weights, int64_t bytes, int64
         default: return start_together(hinted ? stream<6, true> : stream<6, false>, blocks, threads, shared, at, s);
     }
 }
+
+#endif

@@ -107,6 +107,7 @@ struct Block {
     std::vector<Warp> warps;
     std::vector<uint4> shared;
     Meeting all, named[16];
+    bool vote = false, voted = false;  // whether a thread brought true to the barrier, and to the last one
 
     // With a line of 16 bytes behind its shared memory that nobody may write.
     Block(dim3 index, int threads, int bytes)

@@ -10,6 +10,8 @@
 #define __host__
 #define __global__
 #define __launch_bounds__(...)
+#define __forceinline__ inline
+#define __grid_constant__
 
 using cudaStream_t = void*;
 using std::sqrt;

@@ -9,9 +9,9 @@
 #include <list>
 #include <utility>
 
-#include <fibers.cuh>
-#include <owners.cuh>
-#include <stores.cuh>
+#include <warp.cuh>
+#include "owners.cuh"
+#include "stores.cuh"
 
 constexpr int DISOWNED = 720;
 
@@ -53,7 +53,7 @@ struct Grid : Fibers {
         : Fibers(blocks * threads, body), exchangers(blocks * threads), stores(blocks) {}
 
     Exchanger& exchanger(const Fiber& fiber) { return exchangers[&fiber - all.data()]; }
-    int own_number() const { return running->block->index.x; }
+    int own_number() const { return running->block->index.y * gridDim.x + running->block->index.x; }
 
     template <class Value>
     void store(Value* to, const Value& value) {
@@ -134,6 +134,10 @@ inline uint32_t greatest_of_warp(uint32_t value) {
     return of_warp(value, [](uint32_t a, uint32_t b) { return std::max(a, b); });
 }
 
+inline uint32_t add_of_warp(uint32_t value) {
+    return of_warp(value, [](uint32_t a, uint32_t b) { return a + b; });
+}
+
 inline uint4 load_relaxed(const uint4* from) { return grid->load(from); }
 inline uint2 load_relaxed(const uint2* from) { return grid->load(from); }
 inline uint32_t load_relaxed(const uint32_t* from) { return grid->load(from); }
@@ -161,26 +165,38 @@ inline int64_t clocks_now() { return 0; }
 inline void look_again(int) { grid->look_again(); }
 
 inline uint64_t policy_evict_last() { return 0; }
-inline uint64_t policy_evict_first() { return 0; }
-inline uint64_t policy_evict_normal() { return 0; }
 
+inline void prefetch_l1(const void*) {}
+
+// The last to come knows what all have brought; nobody brings more before all have read it.
+inline bool any_of_block(bool mine) {
+    Block& block = own_block();
+    block.vote |= mine;
+    if (int(block.all.waiting.size()) + 1 == block.all.members) block.voted = std::exchange(block.vote, false);
+    __syncthreads();
+    return block.voted;
+}
+
+inline void copy_4(void* to, const void* from) { copy<4>(to, from); }
 inline void copy_16(void* to, const void* from, uint64_t) { copy<16>(to, from); }
 inline void copy_8(void* to, const void* from, uint64_t) { copy<8>(to, from); }
 
 inline float fast_exp(float value) { return std::exp(value); }
+inline float fast_log(float value) { return std::log(value); }
 inline float fast_divide(float value, float by) { return value / by; }
 
 inline int fill_ones(void* to, size_t bytes, cudaStream_t) { return std::memset(to, 0xff, bytes), 0; }
 
 template <class Argument>
-int start_together(void (*kernel)(const Argument), int blocks, int threads, int shared, cudaStream_t,
+int start_together(void (*kernel)(const Argument), dim3 blocks, int threads, int shared, cudaStream_t,
                    const Argument& argument) {
     if (refusal) return std::exchange(refusal, 0);
-    gridDim = dim3(blocks), blockDim = dim3(threads);
-    Grid own(blocks, threads, [&] { kernel(argument); });
+    gridDim = blocks, blockDim = dim3(threads);
+    const int count = blocks.x * blocks.y;
+    Grid own(count, threads, [&] { kernel(argument); });
     grid = &own;
     std::list<Block> all;
-    for (int i = 0; i < blocks; ++i) own.add(all.emplace_back(dim3(i), threads, shared));
+    for (int i = 0; i < count; ++i) own.add(all.emplace_back(dim3(i % blocks.x, i / blocks.x), threads, shared));
     const int error = own.run();
     if (own.owners.violated) return DISOWNED;
     for (const Block& block : all)
