@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mimo_fast.kernels.cuda import engine_launch
 from mimo_fast.kernels.cuda import library as cuda
 from mimo_fast.kernels.defaults import ENVIRONMENT as EXPERIMENTAL
 from mimo_fast.kernels.matmul import plan
@@ -90,7 +91,9 @@ def usual_device(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 @contextmanager
-def products_by_cuda(library: ctypes.CDLL, new_paths: bool = True) -> Iterator[Counter[str]]:
+def products_by_cuda(
+    library: ctypes.CDLL, new_paths: bool = True, grid: engine_launch.Grid | None = None
+) -> Iterator[Counter[str]]:
     """On a CPU, the plan of a product is a GPU's as far as the CUDA kernels take it; beyond, it is
     a CPU's. Counts products by the implementation that computed them.
 
@@ -99,6 +102,7 @@ def products_by_cuda(library: ctypes.CDLL, new_paths: bool = True) -> Iterator[C
     Args:
         library: of the fixture `emulated_cuda`.
         new_paths: whether `kernels/defaults.py` has those on.
+        grid: the device's, on which transformers are persistent kernels; None for none.
     """
     counts = Counter[str]()
     read = WeightSource.weight
@@ -126,6 +130,10 @@ def products_by_cuda(library: ctypes.CDLL, new_paths: bool = True) -> Iterator[C
         patch.setenv(EXPERIMENTAL, str(int(new_paths)))
         patch.setattr(cuda, "library", lambda: usual_device(library))
         patch.setattr(cuda, "refuses_device", lambda device: "")
+        refusal = "" if grid else "it is not asked for"
+        patch.setattr(engine_launch, "refuses_device", lambda device: refusal)
+        patch.setattr(engine_launch, "library", lambda: engine_launch.declared(library))
+        patch.setattr(engine_launch.Grid, "of", lambda device: grid)
         patch.setattr(plan, "TABLE", tuple(map(counted, plan.TABLE)))
         patch.setattr(WeightSource, "weight", joined)
         yield counts

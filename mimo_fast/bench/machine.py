@@ -16,7 +16,9 @@ from mimo_fast.checkpoint.layout import codec_shapes, codec_training_state, lm_s
 from mimo_fast.config import LMConfig, PathLike
 from mimo_fast.kernels import defaults, dispatch
 from mimo_fast.kernels.cpu import library as native
+from mimo_fast.kernels.cuda import engine_launch
 from mimo_fast.kernels.cuda import library as cuda
+from mimo_fast.kernels.defaults import NewPath
 from mimo_fast.kernels.matmul.plan import explain
 from mimo_fast.kernels.matmul.product import QuantizedWeight, Weight
 from mimo_fast.quantization import Format, WeightSource, quantize
@@ -88,7 +90,9 @@ def describe_machine() -> Iterator[str]:
             yield f"triton kernels on gpu {i}: not used, plain torch takes their place: {reason}"
     yield f"cuda kernels: {cuda.state()}"
     for i in range(torch.cuda.device_count()):
-        yield from defaults.describe(torch.device("cuda", i))
+        yield from defaults.describe(
+            torch.device("cuda", i), {NewPath.ENGINE: engine_launch.refuses_device}
+        )
 
 
 def describe_checkpoint(

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mimo_fast.kernels.sample import SamplerTensors
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.lm.state import DecodeState
 from mimo_fast.text.prompt import REPLY_PATCHES, REPLY_TEXT_TOKENS
@@ -51,19 +50,10 @@ class ScheduledLM(LM):
         self.schedule.fill_(FREE)
         self.schedule[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device=self.device)
 
-    def sample_text(
-        self,
-        state: DecodeState,
-        slots: Tensor,
-        settings: SamplerTensors,
-        banned: Tensor | None = None,
-    ) -> Tensor:
-        places = state.draws[slots].clamp(max=len(self.schedule) - 1)
-        drawn = super().sample_text(state, slots, settings, banned)
-        planned = self.schedule[places]
-        text = torch.where(planned == FREE, drawn, planned)
-        state.text[slots] = text
-        return text
+    def _take_text(self, state: DecodeState, slots: Tensor, draws: Tensor, text: Tensor) -> Tensor:
+        planned = self.schedule[draws.clamp(max=len(self.schedule) - 1)]
+        planned = torch.where(planned == FREE, text, planned)
+        return super()._take_text(state, slots, draws, planned)
 
 
 def spoken_reply(patches: int, words: int, word_id: int, empty_id: int, end_id: int) -> list[int]:

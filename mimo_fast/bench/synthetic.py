@@ -72,7 +72,9 @@ def random_lm(
         return LM(config, empty_id, WeightSource(read, dtype, formats))
 
 
-def weightless_lm(config: LMConfig, quantization: str | None, dtype: torch.dtype) -> LM:
+def weightless_lm(
+    config: LMConfig, quantization: str | dict[str, str | None] | None, dtype: torch.dtype
+) -> LM:
     """The same on torch's meta device, which has shapes and no data."""
     formats, tensors = _stored(lm_shapes(config), quantization, dtype)
 

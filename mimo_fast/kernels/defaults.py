@@ -5,7 +5,7 @@ can run, =0 turns all of them off. `mimo-fast info` lists them.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 
 import torch
@@ -23,6 +23,7 @@ class NewPath(Enum):
     CONDITIONAL_GRAPHS = "a group as one conditional graph"
     FUSED_PROMPT_PRODUCTS = "products of prompts that unpack in registers"
     ROW_TILES = "products of 9 to 256 rows that read a weight once"
+    ENGINE = "patch decoder, encoder, backbone and the codec's decoder as persistent kernels"
 
 
 MEASURED: dict[NewPath, dict[int, str]] = {
@@ -33,6 +34,7 @@ MEASURED: dict[NewPath, dict[int, str]] = {
     NewPath.CONDITIONAL_GRAPHS: {9: "2026-11-28-h100-overlap.json"},
     NewPath.FUSED_PROMPT_PRODUCTS: {},
     NewPath.ROW_TILES: {},
+    NewPath.ENGINE: {},
 }
 """Major compute capability -> the file of benchmarks/results that shows it right and faster."""
 
@@ -47,8 +49,13 @@ def enabled(path: NewPath, device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] in MEASURED[path]
 
 
-def describe(device: torch.device) -> Iterator[str]:
-    """A line a path for `mimo-fast info`: whether it is on, and why."""
+def describe(
+    device: torch.device, refuses: Mapping[NewPath, Callable[[torch.device], str]] | None = None
+) -> Iterator[str]:
+    """A line a path for `mimo-fast info`: whether it is on, and why.
+
+    refuses: of paths that a device may refuse, what says why it does; "" where it does not.
+    """
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
     for path in NewPath:
         state = "on" if enabled(path, device) else "off"
@@ -58,4 +65,8 @@ def describe(device: torch.device) -> Iterator[str]:
             why = f"measured in {MEASURED[path][capability]}"
         else:
             why = "no GPU of this family has shown it right and faster"
+        # A device is asked only for what is on: its answer may take a launch.
+        refused = (refuses or {}).get(path)
+        if state == "on" and refused is not None and (reason := refused(device)):
+            state, why = "off", f"{why}, but {reason}"
         yield f"{path.value}: {state} ({why})"

@@ -62,6 +62,9 @@ CHUNK = 1024
 
 SETTLE_BLOCK = 4096
 
+TEXT_SLOT = 0
+"""Random slot of the text draw; the frames of a patch draw in the slots after it."""
+
 
 def sample_text_ref(
     logits: Tensor,

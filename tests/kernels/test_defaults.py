@@ -55,3 +55,23 @@ def test_a_line_a_path_says_why(on_gpu, monkeypatch):
     assert lines[-1].endswith(": off (no GPU of this family has shown it right and faster)")
     monkeypatch.setenv(defaults.ENVIRONMENT, "1")
     assert all(": on (MIMO_FAST_EXPERIMENTAL asks for it)" in line for line in describe(CUDA))
+
+
+def test_a_path_that_a_device_refuses_is_off(on_gpu, monkeypatch):
+    on_gpu(9)
+    path, asked = NewPath.ENGINE, list[torch.device]()
+
+    def refuses(device: torch.device) -> str:
+        asked.append(device)
+        return "it cannot"
+
+    for given in ({}, {path: refuses}):
+        assert f"{path.value}: off (no GPU" in "\n".join(describe(CUDA, given))
+    assert not asked
+    monkeypatch.setenv(ENVIRONMENT, "1")
+    lines = list(describe(CUDA, {path: refuses}))
+    assert f"{path.value}: off (MIMO_FAST_EXPERIMENTAL asks for it, but it cannot)" in lines
+    assert sum(": on (" in line for line in lines) == len(NewPath) - 1
+    assert f"{path.value}: on (MIMO_FAST_EXPERIMENTAL asks for it)" in list(
+        describe(CUDA, {path: lambda device: ""})
+    )

@@ -519,6 +519,8 @@ def inner_calls(bystander: Bystander) -> Calls:
         ),
         "Codec.check_waveform": (codec.check_waveform, {"wav": torch.zeros(4000), "n_q": 8}),
         "LM.threads": (lm.threads, {}),
+        "LM.persistent_of": (lm.persistent_of, {"state": state()}),
+        "LM.gave_up": (lm.gave_up, {}),
         "LM.place_of": (lm.place_of, {"adapter": None}),
         "LM.variant": (lm.variant, {"place": 0}),
         "LM.new_state": (lm.new_state, {"seeds": [1], "capacity": 16, "quantized_cache": True}),
@@ -558,11 +560,21 @@ def inner_calls(bystander: Bystander) -> Calls:
             {"state": state(), "slot": 0, "text": 1, "codes": torch.zeros(8, 4).long()},
         ),
         "LM.step": (lm.step, {"state": state(), "slots": slots}),
+        "LM.step_text": (
+            lm.step_text,
+            {"state": state(), "slots": slots, "settings": settings, "banned": None},
+        ),
         "LM.text_logits": (lm.text_logits, {"hidden": state().hidden[:1]}),
         "LM.local_hidden": (lm.local_hidden, {"hidden": state().hidden[:1]}),
         "LM.sample_text": (
             lm.sample_text,
-            {"state": state(), "slots": slots, "settings": settings, "banned": None},
+            {
+                "state": state(),
+                "slots": slots,
+                "settings": settings,
+                "banned": None,
+                "logits": None,
+            },
         ),
         "LM.sample_patch": (
             lm.sample_patch,

@@ -13,6 +13,7 @@ from mimo_fast.kernels.matmul.product import AnyWeight, matmul
 from mimo_fast.kernels.sample import NOT_FINITE
 from mimo_fast.runtime.codec.layers import CodecStack, Norm
 from mimo_fast.runtime.codec.network import DECODE_SEGMENT, ENCODE_SEGMENT, CodecNetwork
+from mimo_fast.runtime.codec.persistent import persistent
 from mimo_fast.runtime.lm.finite import Named, cause, of_matrix
 
 
@@ -44,6 +45,10 @@ def checked_samples(codec: CodecNetwork, wav: Tensor, codes: Tensor | None) -> T
 
 def samples_error(codec: CodecNetwork, codes: Tensor | None) -> NumericError:
     """Why samples decoded from codes [n, T] are not finite."""
+    launched = persistent(codec)
+    if launched is not None and launched.gave_up():
+        why = "its persistent kernel gave up; later streams go on without it"
+        return NumericError(f"the codec's samples are not finite: {why}")
     steps = iter(()) if codes is None else _decode_steps(codec, codes)
     why = cause(tensors(codec), steps, codec.dtype)
     return NumericError(f"the codec's samples are not finite: {why}")

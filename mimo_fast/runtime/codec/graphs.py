@@ -33,6 +33,7 @@ from mimo_fast.kernels.defaults import NewPath, enabled
 from mimo_fast.runtime.codec.geometry import PATCH_FRAMES, patch_rows, streamable
 from mimo_fast.runtime.codec.incremental import RowNumbers, Shape, decode_rows
 from mimo_fast.runtime.codec.network import CodecNetwork
+from mimo_fast.runtime.codec.persistent import persistent
 from mimo_fast.runtime.codec.pools import CodecPool, CodecState
 from mimo_fast.runtime.codec.schedule import Known, Schedule, usual_schedules
 from mimo_fast.runtime.codec.state import Rows, integers
@@ -92,7 +93,7 @@ class RowGraphs:
     ) -> None:
         self.pool, self.buckets, self._capture = pool, buckets, capture
         self.shapes = usual_shapes(codec.config, pool.lookahead)
-        self._captured: dict[tuple[Shape, int], CapturedRows] = {}
+        self._captured: dict[tuple[Shape, int, bool], CapturedRows] = {}
 
     def warmup(self, codec: CodecNetwork, done: Callable[[], object]) -> None:
         """Captures all of them, the largest first, so that others reuse its memory."""
@@ -126,7 +127,10 @@ class RowGraphs:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _graph(self, codec: CodecNetwork, shape: Shape, bucket: int) -> CapturedRows:
-        if (shape, bucket) not in self._captured:
+        launched = persistent(codec)
+        # Graphs that launch what has given up are not replayed.
+        form = shape, bucket, launched is not None and launched.on
+        if form not in self._captured:
             size = bucket, shape.codes, codec.config.dim
             codes = torch.zeros(size, dtype=torch.float32, device=codec.device)
             # A capture runs on the scratch row, as if it held as much as becomes final.
@@ -139,8 +143,8 @@ class RowGraphs:
             def run() -> Tensor:
                 return decode_rows(codec, state, rows, codes, RowNumbers(table[1:]), shape)
 
-            self._captured[shape, bucket] = CapturedRows(codes, table, *self._capture(run))
-        return self._captured[shape, bucket]
+            self._captured[form] = CapturedRows(codes, table, *self._capture(run))
+        return self._captured[form]
 
 
 class StreamGraphs:

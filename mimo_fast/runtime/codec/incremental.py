@@ -39,6 +39,7 @@ from mimo_fast.runtime.codec.geometry import vocoder_frames
 from mimo_fast.runtime.codec.layers import CodecStack, synthesize
 from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.codec.norms import NormKnowledge, row_moments, sums_of
+from mimo_fast.runtime.codec.persistent import decoder_of, vocoder_of
 from mimo_fast.runtime.codec.pools import CodecState
 from mimo_fast.runtime.codec.schedule import Schedule
 from mimo_fast.runtime.codec.state import (
@@ -292,7 +293,12 @@ def _decoder_block(codec: CodecNetwork, state: StateTensors, rows: Rows, x: Tens
     stack, ring = codec.decoder, state.decoder
     size, before = ring.k.shape[3], rows.read(state.position)
     positions = before[:, None] + torch.arange(x.shape[1], device=x.device, dtype=torch.int64)
-    table, slots = _rope_rows(stack, x.shape[2], positions), positions % size
+    table, persistent = _rope_rows(stack, x.shape[2], positions), decoder_of(codec, x.shape[1])
+    if persistent is not None:
+        out = persistent.run(x, table, ring.k, ring.v, rows.numbers, before)
+        rows.write(state.position, before + x.shape[1])
+        return out
+    slots = positions % size
     # The position that each slot of the ring holds once the block is written.
     newest, ring_slots = positions[:, -1:], torch.arange(size, device=x.device, dtype=torch.int64)
     held = (newest - (newest - ring_slots) % size)[:, None]
@@ -316,33 +322,47 @@ def _vocode(
 
     held: int64 [N], frames before the new ones that are not in the waveform.
     """
-    stack, before = codec.vocoder, StackState(*map(rows.read, state.vocoder))
-    (left, right), kept, (count, length) = stack.window, before.k.shape[3], mel.shape[:2]
-    frame = rows.read(state.frame) + block.new
-    steps = torch.arange(-kept, length, device=mel.device, dtype=torch.int64)
-    positions = frame[:, None] - length + steps
-    queries = positions[:, kept:]
-    table = _rope_rows(stack, codec.config.vocoder_dim, queries)
-    ahead = positions[:, None] - queries[..., None]
-    # Rows before the first frame attend to one another only, and no frame attends to them.
-    side = (positions >= 0)[:, None] == (queries >= 0)[..., None]
-    visible = (ahead >= -left) & (ahead <= right) & side
-
-    layers, heads, _, width = before.k.shape[1:]
-    room = before.k.new_empty(count, layers, heads, length, width)
-    buffer = StackState(*(torch.cat((each, room), dim=3) for each in before))
-    slots = steps[kept:].add(kept).expand(count, -1)
+    count, length = mel.shape[:2]
     x = matmul(mel.flatten(0, 1), codec.vocoder_in).unflatten(0, (count, length))
-    x = stack.executor.run_rows(x, table, *buffer, slots, visible)
-    for each, new in zip(state.vocoder, buffer, strict=True):
-        rows.write(each, new[:, :, :, block.new : block.new + kept])
-    rows.write(state.frame, frame)
+    x = _vocoder_layers(codec, state, rows, x, block)
     if not block.decided:
         return x.new_zeros(count, 0, codec.config.n_fft + 2)
     final = torch.arange(block.decided, device=mel.device, dtype=torch.int64)
     places = (length - block.new - held)[:, None] + final
     decided = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
     return matmul(codec.vocoder_norm(decided), codec.vocoder_out)
+
+
+def _vocoder_layers(
+    codec: CodecNetwork, state: StateTensors, rows: Rows, x: Tensor, block: Block
+) -> Tensor:
+    """Inputs of the vocoder's layers [N, P + new, D] -> outputs of the last one."""
+    stack, kept, (count, length) = codec.vocoder, state.vocoder.k.shape[3], x.shape[:2]
+    frame = rows.read(state.frame) + block.new
+    steps = torch.arange(-kept, length, device=x.device, dtype=torch.int64)
+    positions = frame[:, None] - length + steps
+    queries = positions[:, kept:]
+    table = _rope_rows(stack, x.shape[2], queries)
+    if persistent := vocoder_of(codec, length):
+        how = table, *state.vocoder, rows.numbers, frame - length, block.new
+        x, *later = persistent.run(x, *how)
+    else:
+        (left, right), before = stack.window, StackState(*map(rows.read, state.vocoder))
+        ahead = positions[:, None] - queries[..., None]
+        # Rows before the first frame attend to one another only, and no frame attends to them.
+        side = (positions >= 0)[:, None] == (queries >= 0)[..., None]
+        visible = (ahead >= -left) & (ahead <= right) & side
+
+        layers, heads, _, width = before.k.shape[1:]
+        room = before.k.new_empty(count, layers, heads, length, width)
+        buffer = StackState(*(torch.cat((each, room), dim=3) for each in before))
+        slots = steps[kept:].add(kept).expand(count, -1)
+        x = stack.executor.run_rows(x, table, *buffer, slots, visible)
+        later = [each[:, :, :, block.new : block.new + kept] for each in buffer]
+    for each, new in zip(state.vocoder, later, strict=True):
+        rows.write(each, new)
+    rows.write(state.frame, frame)
+    return x
 
 
 def _overlap_add(

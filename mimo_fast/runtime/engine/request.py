@@ -129,6 +129,11 @@ class Request:
             return
         self.drawn.append(group)
 
+    def take_back(self) -> None:
+        """Takes back the group received last, which is decoded again; its row already has."""
+        self.drawn.pop()
+        self.slice -= 1
+
     def deliver(self, delivery: Delivery) -> None:
         """Queues the oldest group drawn, with its text and audio, for the consumer."""
         self.ready.append(delivery)

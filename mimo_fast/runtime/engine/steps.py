@@ -50,6 +50,7 @@ class Steps:
         self.lm, self.decoder, self.slots, self.clock = lm, decoder, slots, clock
         self.prefixes = Prefixes(PREFIX_BYTES)
         self.in_flight: InFlight | None = None
+        self._unconfirmed = list[Request]()
         self.cost = StepCost()
 
     def warm_up_prompts(self, capacity: int) -> None:
@@ -249,21 +250,30 @@ class Steps:
             if not request.settled:
                 request.sequence.cached, request.demand.served = row.cached, now
                 request.receive(group)
+        self._unconfirmed += requests
 
     def deliver(self, requests: Sequence[Request], meanwhile: Callable[[], None]) -> None:
         """Makes text and audio of the oldest group that each has drawn, and delivers them.
 
+        What was decoded last is decoded again if it turns out not to be right.
+
         meanwhile: called once all device work on them has been launched.
         """
-        voiced, voicings = list[Request](), list[Voicing]()
+        silent, voiced, voicings = list[Request](), list[Request](), list[Voicing]()
         for request in (each for each in requests if each.drawn):
             if request.voicing is None:
-                self._deliver(request, Delivery(request.drawn[0]))
+                silent.append(request)
             else:
                 voiced.append(request)
                 voicings.append(request.voicing)
         groups = [request.drawn[0] for request in voiced]
         results = voice(voicings, groups, meanwhile)
+        unconfirmed, self._unconfirmed = self._unconfirmed, []
+        if not self.decoder.confirm():
+            self._take_back(unconfirmed)
+            return
+        for request in silent:
+            self._deliver(request, Delivery(request.drawn[0]))
         for request, voicing, group, result in zip(voiced, voicings, groups, results, strict=True):
             if isinstance(result, Exception):
                 request.fail(result)
@@ -273,6 +283,13 @@ class Steps:
                 made = reading.text, result.audio, reading.codes, result.finite
                 self._deliver(request, Delivery(group, *made))
             voicing.accept(reading)
+
+    def _take_back(self, requests: Sequence[Request]) -> None:
+        """Has the groups that these received last decoded again, and drops what is in flight."""
+        self.in_flight = None
+        for request in requests:
+            if request.drawn and request.error is None and not request.settled:
+                request.take_back()
 
     def _deliver(self, request: Request, delivery: Delivery) -> None:
         audio, voicing = delivery.audio, request.voicing

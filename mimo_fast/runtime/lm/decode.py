@@ -7,6 +7,10 @@ A row's tokens depend only on its own prompt, seed and settings, never on the ro
 A row whose values are not finite draws NOT_FINITE for its text, which comes with the one host read.
 Codes that could not be drawn make the next hidden state NaN, and so the next text NOT_FINITE; on a
 CPU they are looked at at once.
+
+Where a persistent kernel gave up (`persistent.py`), such rows have their group drawn again without
+it. Of a patch on a GPU that shows only in a word that is copied behind it: `Decoder.confirm` waits
+for it, so nothing is to be delivered before.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,6 +76,7 @@ class Row:
         produced: Number of groups decoded in this reply.
         last: The group drawn last, until it has been fed to the backbone.
         stale: The device may be ahead of this record; the slot is restored before the next group.
+        hidden: The hidden state [D] that its first group is drawn from, if that was taken back.
     """
 
     slot: int
@@ -83,6 +88,27 @@ class Row:
     produced: int = 0
     last: Group | None = None
     stale: bool = True
+    hidden: Tensor | None = None
+    _before: tuple[int, int, int, Group | None, Tensor | None] | None = None
+
+    def advance(self, text: int, codes: Tensor, hidden: Tensor | None = None) -> Group:
+        """Takes the group that was drawn.
+
+        hidden: what it was drawn from, if it is the first one and may be taken back.
+        """
+        self._before = self.cached, self.draws, self.produced, self.last, hidden
+        self.cached += self.last is not None
+        self.draws += 1
+        self.produced += 1
+        done = text in self.limits.stop_ids or self.produced >= self.limits.max_new
+        self.last, self.stale = Group(text, codes, done), False
+        return self.last
+
+    def take_back(self) -> None:
+        """Takes back the last `advance`, once."""
+        assert self._before is not None
+        self.cached, self.draws, self.produced, self.last, self.hidden = self._before
+        self._before, self.stale = None, True
 
     @property
     def banned(self) -> bool:
@@ -146,6 +172,8 @@ class Decoder:
     predict: bool | None = None
     check_codes: bool | None = None
     _slot_indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _unconfirmed: list[Row] = field(default_factory=list)
+    _error: HostCopy | None = None
 
     def next_groups(self, rows: Sequence[Row]) -> list[Group]:
         """The next group of each row. After an error no row has advanced; each can be retried."""
@@ -189,26 +217,62 @@ class Decoder:
         speaking = [row for row, text in zip(rows, tokens, strict=True) if text == self.lm.empty_id]
         if missing := [row for row in speaking if row.slot not in patches]:
             patches = patches | self._patches(missing)
-        silence = self.lm.empty_codes[:, None].expand(-1, self.lm.config.group_size)
+        persistent = self.lm.persistent_of(self.state) if speaking else None
+        error = persistent and persistent.error_copy()
+        # A first group is drawn from a hidden state that the next step overwrites.
+        first = [row.slot for row in rows if error and row.last is None]
+        hidden = dict(zip(first, self.state.hidden[first], strict=True)) if first else {}
+        failed = NOT_FINITE in tokens and self._gave_up()
         checks = self.lm.device.type == "cpu" if self.check_codes is None else self.check_codes
         drawn = [patches[row.slot] for row in speaking]
         # One look at all of them costs less than one at each.
-        lost = checks and bool(drawn) and bool((torch.stack(drawn) == NOT_FINITE).any())
-        groups = list[Group]()
+        lost = (checks or failed) and bool(drawn)
+        lost = lost and bool((torch.stack(drawn) == NOT_FINITE).any())
+        failed = failed or (lost and self._gave_up())
+        silence = self.lm.empty_codes[:, None].expand(-1, self.lm.config.group_size)
+        groups, again = list[Group](), list[Row]()
         for row, text in zip(rows, tokens, strict=True):
             codes = patches[row.slot] if text == self.lm.empty_id else silence
             if text == NOT_FINITE or (lost and bool((codes == NOT_FINITE).any())):
                 groups.append(Group(text, codes, finished=True, finite=False))
+                again.append(row)
                 continue
-            row.cached += row.last is not None
-            row.draws += 1
-            row.produced += 1
-            done = text in row.limits.stop_ids or row.produced >= row.limits.max_new
-            row.last, row.stale = Group(text, codes, done), False
-            groups.append(row.last)
+            groups.append(row.advance(text, codes, hidden.get(row.slot)))
+            # What a launch that was given up has left of the row in device memory is not known.
+            row.stale = failed
             if row.limits.min_new == row.produced:
                 self.state.banned[row.slot] = False
-        return groups
+        if not failed:
+            if error:
+                pairs = zip(rows, groups, strict=True)
+                self._unconfirmed += [row for row, group in pairs if group.finite]
+                self._error = error
+            return groups
+        repeated = iter(self.next_groups(again))
+        return [group if group.finite else next(repeated) for group in groups]
+
+    def confirm(self) -> bool:
+        """Whether the groups collected since this was asked last are right; waits for patches.
+
+        If not, a persistent kernel gave up: no row has advanced, each can be retried, and what has
+        been launched since is of no use.
+        """
+        rows, error = self._unconfirmed, self._error
+        self._unconfirmed, self._error = [], None
+        if error is None or not int(error.wait()):
+            return True
+        self._gave_up()
+        for row in rows:
+            row.take_back()
+        return False
+
+    def _gave_up(self) -> bool:
+        """Whether a persistent kernel gave up; from now on there is none."""
+        if not self.lm.gave_up():
+            return False
+        if self.graphs:
+            self.graphs.forget_groups()
+        return True
 
     def _draw_text(self, rows: Sequence[Row]) -> HostRead:
         """Feeds the rows that have a group to feed, and draws a text token for each row."""
@@ -228,15 +292,18 @@ class Decoder:
     def _feed(self, rows: Sequence[Row]) -> Tensor:
         if self.graphs:
             return self.graphs.step([row.slot for row in rows])
-        self.lm.step(self.state, self._slots(rows))
-        return self._sample_text(rows)
+        return self.lm.step_text(self.state, *self._text_draw(rows))
 
     def _sample_text(self, rows: Sequence[Row]) -> Tensor:
+        return self.lm.sample_text(self.state, *self._text_draw(rows))
+
+    def _text_draw(self, rows: Sequence[Row]) -> tuple[Tensor, SamplerTensors, Tensor | None]:
+        """Slots, settings and banned ids of the rows' next text."""
         slots = self._slots(rows)
         samplers = [row.samplers.text for row in rows]
         settings = _known(self.state.text_sampler.select(slots), samplers)
         banned = self.state.banned[slots] if any(row.banned for row in rows) else None
-        return self.lm.sample_text(self.state, slots, settings, banned)
+        return slots, settings, banned
 
     def _patches(self, rows: Sequence[Row]) -> dict[int, Tensor]:
         """Codes [C, G] of these rows by slot."""
@@ -259,6 +326,8 @@ class Decoder:
             state.banned[slot, stops] = True
         if row.last is not None:
             self.lm.stage(state, slot, row.last.text, row.last.codes)
+        if row.hidden is not None:
+            state.hidden[slot], row.hidden = row.hidden, None
 
     def _slots(self, rows: Sequence[Row]) -> Tensor:
         key = tuple(row.slot for row in rows)

@@ -3,22 +3,25 @@
     LayerByLayer    every product, attention and draw is an op of its own
     Fused           a whole step, patch encoder or patch decoder is one native call: in small models
                     it is calls that take the time (`kernels/cpu/transformer.py` has what it takes)
+    Persistent      the same as one CUDA kernel, for the groups of a few rows (`persistent.py`)
 
-An `Executor` has one of either for each of the three transformers; the choice follows from sizes,
-dtype, device and MIMO_FAST_KERNELS at that time. Weights and tables are read where they lie: they
-may change in place, and a copy of a model reads its own; who replaces one makes another executor.
+An `Executor` has one of the first two for each of the three transformers, and perhaps the last
+beside them. The choice follows from sizes, dtype, device and MIMO_FAST_KERNELS at that time.
+Weights and tables are read where they lie: they may change in place, and a copy of a model reads
+its own; who replaces one makes another executor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mimo_fast.config import LMConfig, TransformerConfig
+from mimo_fast.config import TransformerConfig
 from mimo_fast.kernels.cpu import library as native
 from mimo_fast.kernels.cpu.transformer import (
     PatchDecoder,
@@ -30,7 +33,9 @@ from mimo_fast.kernels.cpu.transformer import (
 )
 from mimo_fast.kernels.matmul.product import AdaptedWeight, AnyWeight, Weight, matmul
 from mimo_fast.kernels.sample import SamplerTensors
-from mimo_fast.kernels.sample_codes import CodeStep, patch_noise, sample_codes
+from mimo_fast.kernels.sample_codes import patch_noise, sample_codes
+from mimo_fast.runtime.lm.network import Network
+from mimo_fast.runtime.lm.persistent import Persistent, persistent
 from mimo_fast.runtime.lm.state import DecodeState
 from mimo_fast.runtime.lm.transformer import (
     TransformerWeights,
@@ -39,29 +44,7 @@ from mimo_fast.runtime.lm.transformer import (
     transformer,
 )
 
-
-@dataclass(frozen=True)
-class Network:
-    """Weights and tables of the three transformers.
-
-    Args:
-        backbone_rope, encoder_rope, decoder_rope: of `rope_table`.
-        code_heads, decoder_embeddings: of all codebooks, one below the other [rows, D].
-    """
-
-    config: LMConfig
-    backbone: TransformerWeights
-    patch_encoder: TransformerWeights
-    patch_decoder: TransformerWeights
-    backbone_rope: Tensor
-    encoder_rope: Tensor
-    decoder_rope: Tensor
-    code_heads: Tensor
-    decoder_embeddings: Tensor
-    code_steps: Sequence[CodeStep]
-    patch_to_backbone: AnyWeight
-    backbone_to_patch: AnyWeight
-    text_head: AnyWeight
+Made = TypeVar("Made")
 
 
 class LayerByLayer:
@@ -167,7 +150,11 @@ class FusedDecoder:
 @dataclass(frozen=True)
 class Executor:
     """The three transformers as `LM` runs them, and the products between them, x [..., K] ->
-    [..., N]."""
+    [..., N].
+
+    Args:
+        persistent: takes the place of those that it has, for the states that it takes.
+    """
 
     backbone: LayerByLayer | FusedBackbone
     patch_encoder: LayerByLayer | FusedEncoder
@@ -175,6 +162,12 @@ class Executor:
     patch_to_backbone: AnyProduct | Product
     backbone_to_patch: AnyProduct | Product
     text_head: AnyProduct | Product
+    persistent: Persistent | None = None
+
+    def persistent_of(self, state: DecodeState) -> Persistent | None:
+        """`persistent` if it takes a state."""
+        taken = self.persistent is not None and self.persistent.takes(state)
+        return self.persistent if taken else None
 
     def threads(self) -> AbstractContextManager[None]:
         """The threads that its operations use: one for a small model on a CPU, else torch's."""
@@ -184,7 +177,7 @@ class Executor:
 def layer_by_layer(network: Network) -> Executor:
     """The executor of models of any size on any device."""
     each = LayerByLayer(network)
-    return Executor(each, each, each, *map(AnyProduct, _between(network)))
+    return Executor(each, each, each, *_between(network, AnyProduct))
 
 
 def choose(network: Network) -> Executor:
@@ -204,12 +197,18 @@ def choose(network: Network) -> Executor:
         FusedBackbone(backbone, plain) if backbone else plain,
         FusedEncoder(encoder, config.patch_encoder_causal) if encoder else plain,
         fused or plain,
-        *(_product(weight) for weight in _between(network)),
+        *_between(network, _product),
+        persistent(network),
     )
 
 
-def _between(network: Network) -> tuple[AnyWeight, AnyWeight, AnyWeight]:
-    return network.patch_to_backbone, network.backbone_to_patch, network.text_head
+def _between(network: Network, product: Callable[[AnyWeight], Made]) -> tuple[Made, Made, Made]:
+    """The products between the transformers, and that with the text head."""
+    return (
+        product(network.patch_to_backbone),
+        product(network.backbone_to_patch),
+        product(network.text_head),
+    )
 
 
 def _product(weight: AnyWeight) -> AnyProduct | Product:

@@ -267,6 +267,11 @@ class Graphs:
         self._steps[place, bucket], self._patches[place, bucket] = step, patch
         self._join_both(place, bucket)
 
+    def forget_groups(self) -> None:
+        """Drops the graphs of steps and patches; they are captured anew when they are next used."""
+        for graphs in (self._joined, self._steps, self._patches):
+            graphs.clear()
+
     def _reserved(self) -> int:
         """Bytes that the allocator holds on a GPU."""
         device = self._lm.device
@@ -396,9 +401,8 @@ class Graphs:
 
     def _step(self, lm: LM, slots: Tensor) -> Tensor:
         state = self._state
-        lm.step(state, slots)
         settings = state.text_sampler.select(slots)
-        return lm.sample_text(state, slots, settings, state.banned[slots])
+        return lm.step_text(state, slots, settings, state.banned[slots])
 
     def _patch(self, lm: LM, slots: Tensor) -> Tensor:
         return lm.sample_patch(self._state, slots, self._state.code_sampler.select(slots))

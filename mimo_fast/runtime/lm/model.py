@@ -24,11 +24,13 @@ from mimo_fast.kernels.patch_embed import patch_embed
 from mimo_fast.kernels.rope import rope_rows, rope_table
 from mimo_fast.kernels.sample import SamplerTensors
 from mimo_fast.kernels.sample_codes import code_steps
-from mimo_fast.kernels.sample_text import sample_text
+from mimo_fast.kernels.sample_text import TEXT_SLOT, sample_text
 from mimo_fast.kernels.text_embed import input_embed
 from mimo_fast.process import Owner
 from mimo_fast.quantization import WeightSource
-from mimo_fast.runtime.lm.executor import AnyProduct, Executor, FusedBackbone, Network, choose
+from mimo_fast.runtime.lm.executor import AnyProduct, Executor, FusedBackbone, choose
+from mimo_fast.runtime.lm.network import Network
+from mimo_fast.runtime.lm.persistent import Persistent
 from mimo_fast.runtime.lm.state import NO_POSITION, DecodeState
 from mimo_fast.runtime.lm.transformer import (
     padded_attend,
@@ -48,9 +50,6 @@ TABLES = (
     *("backbone_rope", "encoder_rope", "decoder_rope"),
 )
 """What follows from the config alone."""
-
-TEXT_SLOT = 0
-"""Random slot of the text draw; the frames of a patch draw in the slots after it."""
 
 
 class PlacedIds(NamedTuple):
@@ -166,6 +165,15 @@ class LM:
         """See `Executor.threads`."""
         return self._executor.threads()
 
+    def persistent_of(self, state: DecodeState) -> Persistent | None:
+        """The persistent kernels that decode rows of a state; None for none."""
+        return self._executor.persistent_of(state)
+
+    def gave_up(self) -> bool:
+        """Whether one of them gave up since this was last asked; see `Persistent.gave_up`."""
+        persistent = self._executor.persistent
+        return persistent is not None and persistent.gave_up()
+
     @cached_property
     def fingerprint(self) -> str:
         """Tells this model from others: its dimensions, adapters and some of its weights."""
@@ -232,9 +240,12 @@ class LM:
 
     def encode_patches(self, codes: Tensor) -> Tensor:
         """Patch encoder: codes [N, C, G] -> [N, D]."""
-        frames = patch_embed(codes, self.code_embeddings, self.code_offsets, self.empty_codes)
-        encoded = self._executor.patch_encoder.encode(frames).flatten(1)
+        encoded = self._executor.patch_encoder.encode(self._frames(codes)).flatten(1)
         return _times(encoded, self._executor.patch_to_backbone, self.patch_to_backbone)
+
+    def _frames(self, codes: Tensor) -> Tensor:
+        """The patch encoder's inputs: codes [N, C, G] -> [N, G, D of it]."""
+        return patch_embed(codes, self.code_embeddings, self.code_offsets, self.empty_codes)
 
     def prefill(self, ids: Tensor, state: DecodeState, slot: int, start: int = 0) -> None:
         """Writes prompt ids [C + 1, T G] to positions start ... start + T - 1 of a slot.
@@ -351,13 +362,59 @@ class LM:
         state.text[slot] = text
         state.codes[slot] = codes
         if text == self.empty_id:
-            state.patches[slot] = self.encode_patches(codes.to(self.device)[None])[0]
+            state.patches[slot] = self._encode_drawn(codes.to(self.device)[None], state)[0]
 
-    def step(self, state: DecodeState, slots: Tensor) -> None:
-        """Feeds the last groups of R different slots, int64 [R]; updates `state.hidden[slots]`."""
-        starts, last = state.lengths[slots], (state.text[slots], state.patches[slots])
-        x = input_embed(*last, self.text_embeddings, self.empty_id)
-        state.hidden[slots] = self._executor.backbone.step(x, state, slots, starts)
+    def _encode_drawn(self, codes: Tensor, state: DecodeState) -> Tensor:
+        """`encode_patches` of codes that rows of a state have drawn."""
+        persistent = self.persistent_of(state)
+        if persistent is None or persistent.encoder is None:
+            return self.encode_patches(codes)
+        return persistent.encoder.encode(self._frames(codes))
+
+    def step(self, state: DecodeState, slots: Tensor) -> Tensor | None:
+        """Feeds the last groups of R different slots, int64 [R]; updates `state.hidden[slots]`.
+
+        Returns their `text_logits` where these come with them.
+        """
+        x, starts = self._last_groups(state, slots)
+        persistent, logits = self.persistent_of(state), None
+        if persistent is None or persistent.backbone is None:
+            hidden = self._executor.backbone.step(x, state, slots, starts)
+        else:
+            hidden, logits = persistent.backbone.step(x, state, slots, starts)
+        self._take_hidden(state, slots, starts, hidden)
+        return logits if self._executor.text_head.weight is self.text_head else None
+
+    def step_text(
+        self,
+        state: DecodeState,
+        slots: Tensor,
+        settings: SamplerTensors,
+        banned: Tensor | None = None,
+    ) -> Tensor:
+        """`step` and `sample_text`; where a persistent kernel takes the rows, its launch does
+        both."""
+        persistent = self.persistent_of(state)
+        own_head = self._executor.text_head.weight is self.text_head
+        if persistent is None or persistent.backbone is None or not own_head:
+            return self.sample_text(state, slots, settings, banned, self.step(state, slots))
+        x, starts = self._last_groups(state, slots)
+        draws = state.draws[slots]
+        place = x, state, slots, starts
+        hidden, text = persistent.backbone.step_text(*place, settings, draws, banned)
+        self._take_hidden(state, slots, starts, hidden)
+        return self._take_text(state, slots, draws, text)
+
+    def _last_groups(self, state: DecodeState, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The backbone's inputs of the groups that a step feeds [R, D], and their positions [R]."""
+        last = state.text[slots], state.patches[slots]
+        return input_embed(*last, self.text_embeddings, self.empty_id), state.lengths[slots]
+
+    def _take_hidden(
+        self, state: DecodeState, slots: Tensor, starts: Tensor, hidden: Tensor
+    ) -> None:
+        """Makes the hidden states of a step [R, D] the rows' last ones."""
+        state.hidden[slots] = hidden
         state.lengths[slots] = starts + (starts != NO_POSITION)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
@@ -374,20 +431,33 @@ class LM:
         slots: Tensor,
         settings: SamplerTensors,
         banned: Tensor | None = None,
+        logits: Tensor | None = None,
     ) -> Tensor:
-        """Draws the next groups' text, int64 [R], into `state.text`; banned bool [R, V]."""
+        """Draws the next groups' text, int64 [R], into `state.text`; banned bool [R, V].
+
+        logits: those of `state.hidden[slots]`, if they are known.
+        """
         draws = state.draws[slots]
-        logits = self.text_logits(state.hidden[slots])
+        if logits is None:
+            logits = self.text_logits(state.hidden[slots])
         text = sample_text(logits, settings, state.seeds[slots], draws, banned, TEXT_SLOT)
+        return self._take_text(state, slots, draws, text)
+
+    def _take_text(self, state: DecodeState, slots: Tensor, draws: Tensor, text: Tensor) -> Tensor:
+        """Makes what was drawn, int64 [R], the text of groups number `draws`; returns it."""
         state.text[slots] = text
         state.draws[slots] = draws + 1
         return text
 
     def sample_patch(self, state: DecodeState, slots: Tensor, settings: SamplerTensors) -> Tensor:
         """Draws the codes [R, C, G] of the groups drawn last into `state.codes`; encodes them."""
-        codes = self.decode_patch(self.local_hidden(state.hidden[slots]), state, slots, settings)
+        hidden, persistent = state.hidden[slots], self.persistent_of(state)
+        if persistent is None or persistent.decoder is None:
+            codes = self.decode_patch(self.local_hidden(hidden), state, slots, settings)
+        else:
+            codes = persistent.decoder.decode(hidden, state, slots, settings)
         state.codes[slots] = codes
-        state.patches[slots] = self.encode_patches(codes)
+        state.patches[slots] = self._encode_drawn(codes, state)
         return codes
 
     def decode_patch(

@@ -8,7 +8,7 @@ once; of the patch decoder at each of its steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,8 +37,11 @@ class AdaptedLM(LM):
     def __init__(
         self, base: LM, variants: Sequence[LM], adapters: Sequence[str], digests: Sequence[str]
     ) -> None:
-        vars(self).update(vars(base))
         self._variants = base, *variants
+        for each in self._variants:
+            # Persistent kernels are not made for it: each variant would have its own.
+            each._executor = replace(each._executor, persistent=None)
+        vars(self).update(vars(base), _variants=self._variants)
         self.adapters, self.adapter_digests = tuple(adapters), ("", *digests)
 
     @cached_property
@@ -81,10 +84,11 @@ class AdaptedLM(LM):
         slots: Tensor,
         settings: SamplerTensors,
         banned: Tensor | None = None,
+        logits: Tensor | None = None,
     ) -> Tensor:
         def sample(lm: LM, rows: Tensor) -> Tensor:
-            bans = None if banned is None else banned[rows]
-            return lm.sample_text(state, slots[rows], settings.select(rows), bans)
+            given = (None if x is None else x[rows] for x in (banned, logits))
+            return lm.sample_text(state, slots[rows], settings.select(rows), *given)
 
         return self._of_rows(state, slots, sample)
 
