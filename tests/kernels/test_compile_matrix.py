@@ -68,6 +68,18 @@ def test_cuda_compiles_without_spills(source, architecture):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 120], ids="sm_{}".format)
+def test_the_persistent_kernel_has_registers_for_512_threads(architecture):
+    source = next(source for source in matrix.CUDA if source.stem == "engine")
+    kernels = matrix.compile_cuda(source, architecture)
+    # T, DEPTH, KIND
+    assert len(kernels) == 8
+    for name, (registers, local, _) in kernels.items():
+        assert registers <= 65536 // 512, name
+        assert local == 0, name
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_a_pair_of_int4_is_one_logical_instruction():
     """A thread unpacks 32 pairs of a unit: two instructions each would be 64, and were."""
     source = next(source for source in matrix.CUDA if source.stem == "quantized_mma")
