@@ -8,7 +8,7 @@ import pkgutil
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from benchmarks.launches import plain_table, section
 from mimo_fast.kernels.dispatch import HAS_PDL, PDL_CAPABILITY, Case, PdlTrigger
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
+CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = 99 * 1024
 
 
@@ -133,11 +134,11 @@ def _nvcc(source: Path, architecture: int) -> bytes:
 
 
 def _kernel_name(mangled: str) -> str:
-    """Name of a kernel: its activations' type and its template's integers follow."""
+    """Name of a kernel: its activations' type and its template's numbers follow."""
     length, rest = re.search(r"_cu_[0-9a-f]{8}(\d+)(\w+)", mangled).groups()
     name = rest[: int(length)]
     types = re.findall(r"\d(Bfloat16|Float16)", mangled)[:1]
-    return " ".join([name, *types, *re.findall(r"L[ib](\d+)E", mangled)])
+    return " ".join([name, *types, *re.findall(r"L(?:[ib]|NS_\d+[A-Za-z]+E)(\d+)E", mangled)])
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:
@@ -161,9 +162,15 @@ that spills says so. The kernels of csrc/cuda come last.
 CUDA = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
 
 
-def section_of(name: str, essay: str, kind: str, rows: Iterable[list[str]]) -> str:
+def section_of(
+    name: str,
+    essay: str,
+    kind: str,
+    rows: Iterable[list[str]],
+    architectures: Sequence[int] = ARCHITECTURES,
+) -> str:
     """A file's docstring and the table of its configurations or templates; Markdown."""
-    heads = [kind, *(f"sm_{architecture}" for architecture in ARCHITECTURES)]
+    heads = [kind, *(f"sm_{architecture}" for architecture in architectures)]
     return f"## {name}\n\n```\n{essay.strip()}\n```\n\n{plain_table(heads, [*rows])}\n"
 
 
@@ -186,14 +193,19 @@ def main() -> None:
                 section_of(module.__name__, module.__doc__ or "", "configuration", rows), flush=True
             )
     for source in CUDA:
-        essay = re.match(r"(?://.*\n)+", source.read_text(encoding="utf-8"))[0]
-        columns = [compile_cuda(source, architecture) for architecture in ARCHITECTURES]
-        rows = [
-            [name, *(cell(*c[name][::2], spills=c[name][1] > 0) for c in columns)]
-            for name in sorted(columns[0])
-        ]
-        essay = re.sub(r"(?m)^// ?", "", essay)
-        print(section_of(f"csrc/cuda/{source.name}", essay, "template", rows))
+        print(cuda_section(source))
+
+
+def cuda_section(source: Path) -> str:
+    """`section_of` a file of csrc/cuda."""
+    found = re.match(r"(?://.*\n)+", source.read_text(encoding="utf-8"))
+    essay = re.sub(r"(?m)^// ?", "", found[0] if found else "")
+    columns = [compile_cuda(source, architecture) for architecture in CUDA_ARCHITECTURES]
+    rows = [
+        [name, *(cell(*c[name][::2], spills=c[name][1] > 0) for c in columns)]
+        for name in sorted(columns[0])
+    ]
+    return section_of(f"csrc/cuda/{source.name}", essay, "template", rows, CUDA_ARCHITECTURES)
 
 
 if __name__ == "__main__":

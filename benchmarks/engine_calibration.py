@@ -1,8 +1,8 @@
 """A card as the engine's cost model knows it, calibrated by what one was measured to do.
 
 `Calibration.of` takes bandwidths, exchanges and what L2 keeps from the microbenchmarks, and
-handling and waiting from two runs of the int8 patch decoder (without waiting and copies; without
-copies). All other runs are checks (engine_report.py).
+handling and waiting from two int8 runs of the kernel of engine_measured.py (without waiting and
+copies; without copies). All other runs of it are checks (engine_report.py).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_costs import BLOCKS, THREADS, Phase, Table, patch_decoder
+from benchmarks.engine_measured import BLOCKS, THREADS, Phase, Table, measured_patch_decoder
+from benchmarks.projection import CARDS, card_of
 from benchmarks.projection import Card as Published
-from benchmarks.projection import card_of
 from benchmarks.records import study_records
 from mimo_fast.config import LMConfig
 
@@ -38,6 +38,8 @@ class Calibration:
         exchanges: (blocks, threads, whole) -> points of (pieces that a block reads, seconds).
         trip: a read of what L2 has. Assumed: half of the least exchange of two blocks.
         handling: clocks of a phase.
+        attending: clocks of them, in the mean over all phases, that every block took to attend for
+            half of the heads: what out took longer than gate/up before its units.
         sources: names of the files.
     """
 
@@ -50,6 +52,7 @@ class Calibration:
     trip: float
     handling: float
     waiting: float
+    attending: float
     exchanges: dict[tuple[int, int, bool], tuple[tuple[int, float], ...]]
     sources: tuple[str, ...]
 
@@ -84,6 +87,7 @@ class Calibration:
             clock=clock or known.clock,
             handling=known.handling,
             waiting=known.waiting,
+            attending=known.attending,
             fitted_on=known.fitted_on,
             sources=tuple(dict.fromkeys((*known.sources, *found.sources))),
         )
@@ -109,13 +113,15 @@ class Calibration:
             trip=min(x["us"] for x in tagged if x["blocks"] == 2) / 2e6,
             handling=0.0,
             waiting=1.0,
+            attending=0.0,
             exchanges=_points(tagged),
             sources=tuple(dict.fromkeys(name for name, _ in parts.values())),
         )
 
     def fitted(self, runs: Runs, config: LMConfig) -> Calibration:
         """With handling and waiting of these runs of the int8 patch decoder, and their clock."""
-        table, clock = patch_decoder(config, 8, heads=False), clock_of(runs, config)
+        table = measured_patch_decoder(config, 8, heads=False)
+        clock = clock_of(runs, config)
         alone, waited = (usual_run(runs, without)["us_a_patch"] / 1e6 for without in (3, 2))
         plain = replace(self, clock=clock, handling=0.0, waiting=1.0)
         issue = plain.chain(table, waits=False)
@@ -124,6 +130,7 @@ class Calibration:
             plain,
             handling=(alone - issue) * clock / table.count,
             waiting=(waited - alone) / exchanged,
+            attending=_attending(runs) * config.patch_decoder.layers * table.steps / table.count,
         )
 
     def exchange(self, reads: float, whole: bool, blocks: int, threads: int) -> float:
@@ -137,41 +144,37 @@ class Calibration:
         share = (blocks - below) / (above - below) if above > below else 0.0
         return low + min(max(share, 0.0), 1.0) * (high - low)
 
+    def wait(self, reads: float, whole: bool, blocks: int, threads: int) -> float:
+        """Seconds of an exchange within a kernel, beyond the trip that handling has."""
+        alone = self.exchange(reads, whole, blocks, threads)
+        return self.waiting * max(alone - self.trip, 0.0)
+
+    # ---- The kernel that was measured
+
     def phase_chain(
-        self,
-        phase: Phase,
-        rows: int,
-        blocks: int = BLOCKS,
-        threads: int = THREADS,
-        waits: bool = True,
+        self, phase: Phase, blocks: int = BLOCKS, threads: int = THREADS, waits: bool = True
     ) -> float:
         """Seconds of one phase without its bytes."""
-        own = self.handling + phase.issue(rows, blocks)
+        own = (self.handling + phase.issue(blocks)) / self.clock
         if not waits:
-            return own / self.clock
-        alone = self.exchange(phase.reads * rows, phase.reads == phase.whole, blocks, threads)
-        return own / self.clock + self.waiting * max(alone - self.trip, 0.0)
+            return own
+        return own + self.wait(phase.reads, phase.reads == phase.whole, blocks, threads)
 
-    def chain(self, table: Table, streams: int = 1, **launch: Any) -> float:
+    def chain(self, table: Table, **launch: Any) -> float:
         """Seconds of all phases without their bytes."""
-        rows = streams * table.each
-        each = (times * self.phase_chain(x, rows, **launch) for times, x in table.phases)
+        each = (times * self.phase_chain(x, **launch) for times, x in table.phases)
         return table.steps * sum(each)
 
-    def stream(self, table: Table, streams: int = 1, kept: float | None = None) -> float:
+    def stream(self, table: Table, kept: float = 0.0) -> float:
         """Seconds of the bytes: what L2 keeps is read from memory in the first step alone."""
-        held = min(self.kept if kept is None else kept, table.again)
-        return (table.nbytes(streams) - held * (table.steps - 1)) / self.read_Bps
-
-    def seconds(self, table: Table, streams: int = 1) -> tuple[float, float]:
-        """In turn, hidden. Nothing stays in L2 but units of a table of several steps."""
-        chain, stream = self.chain(table, streams), self.stream(table, streams)
-        return chain + stream, max(chain + table.nbytes(streams) / self.cache_Bps, stream)
+        held = min(kept, table.again)
+        return (table.nbytes - held * (table.steps - 1)) / self.read_Bps
 
     @cached_property
     def published(self) -> Published | None:
-        """Of the card that was measured, if it is a known one."""
-        return card_of(self.device)
+        """Of the card, if it is a known one."""
+        named = (card for card in CARDS if card.name == self.device)
+        return next(named, None) or card_of(self.device)
 
     def scaled(self, card: Published) -> Calibration:
         """Another card, assumed: this one's share of the published bandwidth and of L2 that is
@@ -203,6 +206,12 @@ def clock_of(runs: Runs, config: LMConfig) -> float:
     if not clocks or not taken:
         raise ValueError("no clocks of the phases of the patch decoder")
     return steps * clocks / min(taken) * 1e6
+
+
+def _attending(runs: Runs) -> float:
+    """Clocks of an out phase, of blocks in the mean."""
+    staged = {x["phase"]: x["clocks_mean"] for x in runs if x.get("time") == "stage"}
+    return max(float(staged["out"] - staged["gate/up"]), 0.0)
 
 
 def usual_run(runs: Runs, without: int) -> dict[str, Any]:

@@ -16,7 +16,9 @@
 #          call, where that is another one [OUT]    FORCE   1: parts that are done run again
 #
 # The order is: the library, tests of the kernels and of the model, what the persistent engine's cost model is
-# calibrated by (exchanges, bandwidths), what no GPU has run yet, measurements by what they are worth. A part begins where the seconds that it takes are still left, and is ended after three times as many.
+# calibrated by (exchanges, bandwidths, both at once), what no GPU has run yet, first of it the engine itself,
+# measurements by what they are worth. A part begins where the seconds that it takes are still left, and is ended
+# after three times as many.
 # Its records are written as they are made: what is cut off loses one part. In OUT are, for a call on a card NAME:
 #
 #   DATE-NAME-N.jsonl    records of the N-th call          DATE-NAME-N.log    what everything printed
@@ -166,9 +168,11 @@ if ((prepare)); then
     mkdir -p "$out" "$TRITON_CACHE_DIR" || exit 2
     stop() { echo "gpu.sh: $1" >&2 && exit 1; }
     "$python" setup.py build_ext --inplace || stop "the library was not built"
+    "$python" -m benchmarks.studies.engine --build || stop "the engine's microbenchmarks were not built"
     "$python" -m benchmarks.kernel_cache compile "${chosen[@]:-90}" || stop "Triton's kernels were not compiled"
     "$python" -m benchmarks.kernel_cache pack "$out" || stop "Triton's kernels were not packed"
-    echo "prepared: mimo_fast/libmimo_fast_cuda.so and $out/kernels-*.tar.gz; bring both, and give EARLIER=$out"
+    echo "prepared: mimo_fast/libmimo_fast_cuda.so, benchmarks/studies/libmicro.so and $out/kernels-*.tar.gz;" \
+        "bring all, and give EARLIER=$out"
     exit 0
 fi
 if ((!list_only)); then begin; else records= scratch= log=/dev/null; fi
@@ -210,10 +214,13 @@ gpu_part tests-kernels 90 "$python" -m pytest -m gpu tests/kernels/test_gpu_kern
 gpu_part tests-model 90 "$python" -m pytest -m gpu "${model_tests[@]}" "${tests[@]}"
 # Most kernels are compiled by now; a call that is cut off keeps them.
 ((list_only)) || pack
-study engine 60 engine-micro --parts exchange stream
+study engine 75 engine-micro --parts exchange stream phases
 new=1
+study engine 90 study-engine --parts engine-int8 engine-int4
 for study in "${new_studies[@]}"; do study "${study%:*}" "${study#*:}"; done
 new=
+# What this card measured beside the model's predictions, in the log.
+gpu_part engine-costs 10 "$python" -m benchmarks engine --calibration "$records"
 bench profile-int4 25 profile "${model[@]}" --quantization int4 "${profiled[@]}"
 bench e2e-int4 55 e2e "${model[@]}" --quantization int4 "${sweep[@]}"
 bench requests-int4 75 e2e "${model[@]}" --quantization int4 "${asked[@]}"
@@ -226,9 +233,6 @@ bench e2e-wide 20 e2e "${model[@]}" --quantization int4 "${wide[@]}"
 gpu_bench e2e-int8-bf16 60 e2e "${model[@]}" --quantization int8 bf16 "${sweep[@]}"
 gpu_bench tasks-int8-bf16 60 e2e "${model[@]}" --quantization int8 bf16 "${tasks[@]}"
 gpu_bench profile-bf16 20 profile "${model[@]}" --quantization bf16 "${profiled[@]}"
-study engine 90 study-engine --parts int8 int4
-# What this card measured beside the model's predictions, in the log.
-gpu_part engine-costs 10 "$python" -m benchmarks engine --calibration "$records"
 for study in "${studies[@]}"; do study "${study%:*}" "${study#*:}"; done
 bench ops-others 30 ops "${others[@]}"
 
