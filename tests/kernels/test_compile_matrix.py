@@ -55,28 +55,35 @@ def test_the_next_starts_where_it_is_triggered(name, trigger):
         assert not any(call.startswith(("ld", "cp")) for call in after)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@architectures
-@pytest.mark.parametrize("source", matrix.CUDA, ids=lambda source: source.name)
-def test_cuda_compiles_without_spills(source, architecture):
+def check_cuda(source, architecture):
     kernels = matrix.compile_cuda(source, architecture)
     assert kernels
     for name, (_, local, shared) in kernels.items():
         assert local == 0, name
         assert shared <= STATIC_SHARED, name
     assert not matrix.wrong_descriptors(source, architecture)
+    return kernels
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@architectures
+@pytest.mark.parametrize(
+    "source", [each for each in matrix.CUDA if each.stem != "engine"], ids=lambda each: each.name
+)
+def test_cuda_compiles_without_spills(source, architecture):
+    check_cuda(source, architecture)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 120], ids="sm_{}".format)
 def test_the_persistent_kernel_has_registers_for_512_threads(architecture):
+    """Its file takes minutes, so this is the only test that compiles it for an architecture."""
     source = next(source for source in matrix.CUDA if source.stem == "engine")
-    kernels = matrix.compile_cuda(source, architecture)
+    kernels = check_cuda(source, architecture)
     # T, DEPTH, KIND
     assert len(kernels) == 8
-    for name, (registers, local, _) in kernels.items():
+    for name, (registers, *_) in kernels.items():
         assert registers <= 65536 // 512, name
-        assert local == 0, name
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
