@@ -2,6 +2,7 @@
 few phases, and buffers whose old values would show."""
 
 import ctypes
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,22 @@ FORMATS = ("int4", "int4-sym", "int8", "int8-g128", "dense")
 def compiled(target: Path, source: Path = SOURCE) -> ctypes.CDLL:
     """What a source is for the CPU, once for each of its texts."""
     return declared(ctypes.CDLL(str(compile_for_cpu([source], target))))
+
+
+def faulty_build(folder: Path, bugs: Mapping[str, tuple[str, str]]) -> ctypes.CDLL:
+    """A build with all bugs, of which one at most is on: `set_bug`, from 1 on; 0 for none.
+
+    bugs: what is wrong -> text of the source, and what stands in its place, where ON is whether it
+        is.
+    """
+    changes = {
+        right: re.sub(r"\bON\b", f"(bug == {number})", wrong)
+        for number, (right, wrong) in enumerate(bugs.values(), 1)
+    }
+    switch = 'inline int bug = 0;\nextern "C" void set_bug(int value) { bug = value; }\n'
+    library = changed(folder, changes, switch)
+    library.set_looks_in_vain(4)
+    return library
 
 
 def grid_of(blocks: int = 3, threads: int = 64, shared: int = SHARED, **settings: int) -> Grid:

@@ -1,11 +1,10 @@
 """Tests of the tests: bugs in the persistent kernel's source that test_engine_proof.py finds."""
 
 import ctypes
-import re
 
 import pytest
 import torch
-from engine_launches import changed
+from engine_launches import faulty_build
 from engine_models import DIVISIONS, PROGRAMS, Whole, everything, gpus_lm, same
 
 FOUND_WITHIN = 12
@@ -73,14 +72,7 @@ BUGS = {
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """A build with all bugs, of which one at most is on."""
-    changes = {
-        right: re.sub(r"\bON\b", f"(bug == {number})", wrong)
-        for number, (right, wrong) in enumerate(BUGS.values(), 1)
-    }
-    switch = 'inline int bug = 0;\nextern "C" void set_bug(int value) { bug = value; }\n'
-    library = changed(tmp_path_factory.mktemp("faulty"), changes, switch)
-    library.set_looks_in_vain(4)
-    return library
+    return faulty_build(tmp_path_factory.mktemp("faulty"), BUGS)
 
 
 @pytest.mark.parametrize("bug", [None, *BUGS])

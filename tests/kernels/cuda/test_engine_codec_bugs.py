@@ -2,12 +2,11 @@
 orders and grids find."""
 
 import ctypes
-import re
 
 import pytest
 import torch
 from engine_codecs import Chunk, Frames, random_stack, random_vocoder
-from engine_launches import changed
+from engine_launches import faulty_build
 
 FOUND_WITHIN = 12
 """Seeds in each of which both kernels run in all grids."""
@@ -59,14 +58,7 @@ GRIDS = ({"blocks": 4, "threads": 64}, {"blocks": 9, "threads": 96})
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """A build with all bugs, of which one at most is on."""
-    changes = {
-        right: re.sub(r"\bON\b", f"(bug == {number})", wrong)
-        for number, (right, wrong) in enumerate(BUGS.values(), 1)
-    }
-    switch = 'inline int bug = 0;\nextern "C" void set_bug(int value) { bug = value; }\n'
-    library = changed(tmp_path_factory.mktemp("faulty"), changes, switch)
-    library.set_looks_in_vain(4)
-    return library
+    return faulty_build(tmp_path_factory.mktemp("faulty"), BUGS)
 
 
 @pytest.mark.parametrize("bug", [None, *BUGS])
