@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from mimo_fast.runtime.transcription import context_seconds
 from mimo_fast.server.errors import ApiError
 from mimo_fast.server.realtime.hearing import Change, Detection, Hearing, Mark, listening
@@ -300,7 +302,8 @@ class Dialogue:
         self._wire.item_added(item, before)
         self._wire.item_done(item, before)
         if self.turns.transcribes and wav is not None:
-            self._background(self._transcribe(item, said, wav))
+            # A model hears words in silence.
+            self._background(self._transcribe(item, said, wav if mark.voiced else None))
         self._make_room()
 
     def _answer_turn(self, spoken_to: bool) -> None:
@@ -324,7 +327,12 @@ class Dialogue:
         if guess is not None:
             self._speaking.drop(guess.response)
 
-    async def _transcribe(self, item: Item, said: Said, wav: Any) -> None:
+    async def _transcribe(self, item: Item, said: Said, wav: Tensor | None) -> None:
+        """Tells the words of a turn; without a waveform it has none."""
+        if wav is None:
+            said.text = ""
+            self._wire.transcribed(item.id, "", said.seconds)
+            return
         if len(self._transcripts) >= TRANSCRIPTS:
             error = ApiError("too many transcripts are in progress", code="rate_limit_exceeded")
             self._wire.not_transcribed(item.id, error)

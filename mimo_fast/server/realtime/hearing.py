@@ -76,12 +76,14 @@ class Mark:
             at its end, where it was declared over.
         speech: float32 [n] at 24 kHz, levelled: the turn so far, when it pauses or has ended.
         seconds: of the whole turn.
+        voiced: whether speech was heard in it; a turn by hand is taken to have some.
     """
 
     change: Change
     at_ms: int
     speech: Tensor | None = None
     seconds: float = 0.0
+    voiced: bool = True
 
 
 class _Kept:
@@ -147,7 +149,7 @@ class Hearing:
         """Forgets the audio that belongs to no turn yet, and the turn in progress."""
         self._kept = _Kept(self._samples)
         self._frames = 0  # looked at since `_first`
-        self._first = self._samples
+        self._first = self._ended = self._samples
         self._activity, self._resampler = VoiceActivity(), Resampler(self._rate, RATE)
         self._level = FAINTEST
         self._rest = self._at_16k = torch.zeros(0, dtype=torch.float32, device="cpu")
@@ -187,7 +189,9 @@ class Hearing:
         Raises:
             ApiError: there is less than 100 ms of audio.
         """
-        begin = self._begin() if self._start is not None else self._kept.origin
+        # What is kept may reach into the turn before, which has its words already.
+        between = max(self._kept.origin, self._ended)
+        begin = self._begin() if self._start is not None else between
         wav = self._kept.take(begin, self._kept.end)
         ms = self._ms(len(wav))
         if ms < LEAST_MS:
@@ -195,7 +199,8 @@ class Hearing:
                 f"the audio buffer is too small: {LEAST_MS} ms are needed, it has {ms} ms",
                 code="input_audio_buffer_commit_empty",
             )
-        mark = Mark(Change.ENDED, self.ms, levelled(wav), len(wav) / self._rate)
+        voiced = self.detection is None or self._start is not None or self._candidate is not None
+        mark = Mark(Change.ENDED, self.ms, levelled(wav), len(wav) / self._rate, voiced)
         self.clear()
         return mark
 
@@ -220,6 +225,7 @@ class Hearing:
                 self._quiet += 1
             if self._quiet >= silence or frame - self._start >= longest:
                 yield self._mark(Change.ENDED)
+                self._ended = self._sample(self._frames)
                 self._end_turn()
             elif self._quiet >= pause and not self._paused:
                 self._paused = True

@@ -135,6 +135,22 @@ class TestTurns:
 
         asyncio.run(run())
 
+    def test_nothing_is_heard_in_what_is_committed_after_a_turn(self, service):
+        async def run() -> None:
+            core, log = dialogue(service)
+            core.set_manner(Manner(), replace(core.turns, transcribes=True, answers=False))
+            await speak(core, turn(after=1500))
+            (first, text, _) = await log.until("transcribed")
+            await core.commit()
+            assert text == "what is three plus four"
+            (second, text, seconds) = await log.until("transcribed", 2)
+            assert second != first
+            assert text == core.conversation.get(second).text == ""
+            assert 0.1 < seconds < 1.2
+            await core.close()
+
+        asyncio.run(run())
+
 
 def test_audio_that_waits_is_listened_to_together(service, monkeypatch):
     """One push a burst, however small its parts; what is asked next waits for it."""

@@ -170,6 +170,21 @@ class TestByHand:
         assert mark.seconds == pytest.approx((mark.at_ms - began.at_ms) / 1000, abs=0.01)
         assert not hearing.speaking
 
+    def test_commit_between_turns_has_none_of_the_turn_before(self):
+        hearing = Hearing(RATE, 60)
+        # The turn is over, and what may precede the next one reaches back into it.
+        hearing.set_detection(Detection(silence_ms=100))
+        marks = heard(hearing, audio(300), 960)
+        assert changes(marks)[-1] is Change.ENDED
+        mark = hearing.commit()
+        assert mark.seconds == pytest.approx((mark.at_ms - marks[-1].at_ms) / 1000, abs=0.002)
+        assert not mark.voiced
+
+    def test_commit_of_speech_that_has_just_begun(self):
+        hearing = Hearing(RATE, 60)
+        hearing.push(audio()[: (ONSET + 200) * RATE // 1000 * 2])
+        assert hearing.commit().voiced
+
 
 @pytest.mark.slow
 def test_the_threshold_and_the_silence_count():
