@@ -60,3 +60,7 @@ class ClosedError(MimoFastError):
 
 class NumericError(MimoFastError):
     """Logits, codes or samples are not finite: a weight is not, or a value overflows its dtype."""
+
+
+class EvaluationError(MimoFastError):
+    """An evaluation set, a plug-in that measures answers, or a record of answers cannot be used."""

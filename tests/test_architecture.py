@@ -23,7 +23,7 @@ ROOMS = (
         "architectures",
         "config",
     ),
-    *("audio", "text", "checkpoint", "kernels", "sampling", "quantization"),
+    *("audio", "marking", "text", "checkpoint", "kernels", "sampling", "quantization"),
     *("runtime.device", "runtime.lm", "runtime.codec", "runtime.engine", "runtime"),
     *(
         "generation",
@@ -35,7 +35,7 @@ ROOMS = (
         "batches",
         "",
     ),
-    *("testing", "bench", "server", "talk", "cli", "__main__"),
+    *("testing", "bench", "evaluation", "quality", "server", "talk", "cli", "__main__"),
 )
 """From the ground up: a room imports itself and those before it. "" is `mimo_fast/__init__.py`."""
 
