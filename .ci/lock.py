@@ -41,6 +41,10 @@ RAYS_UNUSED = {
 }
 """What Ray's dashboard, tracing and other proxy need, which are off here."""
 
+ALONE = ("resemblyzer",)
+"""Installed without what they name: webrtcvad has no wheel (webrtcvad-wheels has, in its place), and
+typing is a part of Python."""
+
 PYTHONS = ("3.11", "3.12", "3.13")
 
 
@@ -66,6 +70,8 @@ def digest_of(package: dict[str, Any]) -> str:
 def lock_tests() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     found = resolved("-c", "constraints.txt", "-e", ".[dev]", *project["build-system"]["requires"])
+    found += resolved("-c", "constraints.txt", "--no-deps", *ALONE)
+    found.sort(key=lambda each: each["metadata"]["name"].lower())
     lines = [
         f"# for {HERE}\n# Written by .ci/lock.py. torch has no one hash; see constraints.txt.\n"
     ]

@@ -182,7 +182,7 @@ class TestByHand:
 
     def test_commit_of_speech_that_has_just_begun(self):
         hearing = Hearing(RATE, 60)
-        hearing.push(audio()[: (ONSET + 200) * RATE // 1000 * 2])
+        hearing.push(audio()[: (ONSET + 240) * RATE // 1000 * 2])
         assert hearing.commit().voiced
 
 
