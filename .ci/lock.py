@@ -42,8 +42,8 @@ RAYS_UNUSED = {
 """What Ray's dashboard, tracing and other proxy need, which are off here."""
 
 ALONE = ("resemblyzer",)
-"""Installed without what they name: webrtcvad has no wheel (webrtcvad-wheels has, in its place), and
-typing is a part of Python."""
+"""Installed without what they name: webrtcvad has no wheel (webrtcvad-wheels has one, in its
+place), and typing is a part of Python."""
 
 PYTHONS = ("3.11", "3.12", "3.13")
 

@@ -192,7 +192,7 @@ def launch_rows(subject: Subject, piece: str, rows: int) -> int:
 
 
 def given_up(ways: Persistent) -> str:
-    return "a launch gave up" if int(ways._error) else ""
+    return "a launch gave up" if int(ways.error.word) else ""
 
 
 def said(record: Record, *problems: str) -> Record:

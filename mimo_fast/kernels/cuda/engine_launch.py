@@ -8,6 +8,7 @@ make is then NaN, or NOT_FINITE where it is codes.
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +31,7 @@ from mimo_fast.kernels.cuda.engine import (
     job_columns,
     jobs_of,
 )
+from mimo_fast.kernels.defaults import ENVIRONMENT
 from mimo_fast.kernels.matmul.adapted import AnyWeight
 from mimo_fast.kernels.matmul.quantized_weight import QuantizedWeight
 from mimo_fast.kernels.matmul.weight import Weight
@@ -110,6 +112,34 @@ class Grid:
         shared: int = card.shared_memory_per_block_optin  # type: ignore[attr-defined]
         kept = int(KEPT_SHARE * card.L2_cache_size)
         return cls(card.multi_processor_count, shared, kept_bytes=kept)
+
+
+class ErrorWord:
+    """What the launches of one model tell when they give up.
+
+    Args:
+        device: that they run on.
+        what: gives up, and what then happens, for the warning.
+
+    Attributes:
+        word: int32 [1], not 0 once a launch has given up, as later ones then do.
+        on: Whether none is known to have given up.
+    """
+
+    def __init__(self, device: torch.device, what: str) -> None:
+        self.word = torch.zeros(1, dtype=torch.int32, device=device)
+        self.on, self._what = True, what
+
+    def gave_up(self) -> bool:
+        """Whether a launch has given up since this was last asked; waits for the device.
+
+        It warns then, and `on` is False from now on.
+        """
+        if not self.on or not int(self.word):
+            return False
+        self.on = False
+        warnings.warn(f"{self._what}, as from the start with {ENVIRONMENT}=0", stacklevel=3)
+        return True
 
 
 class Launcher:

@@ -129,7 +129,7 @@ class RowGraphs:
     def _graph(self, codec: CodecNetwork, shape: Shape, bucket: int) -> CapturedRows:
         launched = persistent(codec)
         # Graphs that launch what has given up are not replayed.
-        form = shape, bucket, launched is not None and launched.on
+        form = shape, bucket, launched is not None and launched.error.on
         if form not in self._captured:
             size = bucket, shape.codes, codec.config.dim
             codes = torch.zeros(size, dtype=torch.float32, device=codec.device)

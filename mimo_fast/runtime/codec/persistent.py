@@ -15,16 +15,15 @@ if there were none of this.
 from __future__ import annotations
 
 import ctypes
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mimo_fast.kernels.cuda import engine_launch as cuda
-from mimo_fast.kernels.cuda.engine_launch import Grid, Launcher
+from mimo_fast.kernels.cuda.engine_launch import ErrorWord, Grid, Launcher
 from mimo_fast.kernels.cuda.engine_streams import FRAME_HEAD, MOST_STREAM_ROWS, RING_HEAD
-from mimo_fast.kernels.defaults import ENVIRONMENT, NewPath, enabled
+from mimo_fast.kernels.defaults import NewPath, enabled
 from mimo_fast.runtime.codec.layers import CodecStack
 from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.codec.programs import decoder_tables, vocoder_tables
@@ -206,7 +205,7 @@ class Persistent:
 
     Attributes:
         decoder, vocoder: None where it is refused.
-        on: Whether no launch is known to have given up.
+        error: What launches tell when they give up.
     """
 
     def __init__(
@@ -219,31 +218,20 @@ class Persistent:
         loaded: ctypes.CDLL | None = None,
     ) -> None:
         self._arguments = decoder, vocoder, dtype, device, grid, loaded
-        self._error = torch.zeros(1, dtype=torch.int32, device=device)
-        how = dtype, grid or Grid.of(device), self._error, loaded
+        warning = "the codec's persistent kernel gave up; streams go on without it"
+        self.error = ErrorWord(device, warning)
+        how = dtype, grid or Grid.of(device), self.error.word, loaded
         refused = refuses_decoder(decoder, dtype), refuses_vocoder(vocoder, dtype)
         self.decoder = None if refused[0] else PersistentDecoder(decoder, *how)
         self.vocoder = None if refused[1] else PersistentVocoder(vocoder, *how)
-        self.on = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy reads the copied weights.
         return type(self), self._arguments
 
     def gave_up(self) -> bool:
-        """Whether a launch has given up since this was last asked; waits for the device.
-
-        It warns then, and takes nothing from now on.
-        """
-        if not self.on or not int(self._error):
-            return False
-        self.on = False
-        warnings.warn(
-            "the codec's persistent kernel gave up; streams go on without it, as from the start "
-            f"with {ENVIRONMENT}=0",
-            stacklevel=2,
-        )
-        return True
+        """`ErrorWord.gave_up`; nothing is taken from then on."""
+        return self.error.gave_up()
 
 
 def persistent(codec: CodecNetwork) -> Persistent | None:
@@ -269,14 +257,14 @@ def _made(codec: CodecNetwork) -> Persistent | None:
 def decoder_of(codec: CodecNetwork, positions: int) -> PersistentDecoder | None:
     """What computes so many new positions of a stream in one launch, if anything does."""
     found = persistent(codec)
-    layers = found.decoder if found is not None and found.on else None
+    layers = found.decoder if found is not None and found.error.on else None
     return layers if layers is not None and layers.takes(positions) else None
 
 
 def vocoder_of(codec: CodecNetwork, frames: int) -> PersistentVocoder | None:
     """What computes so many frames of a stream in one launch, if anything does."""
     found = persistent(codec)
-    layers = found.vocoder if found is not None and found.on else None
+    layers = found.vocoder if found is not None and found.error.on else None
     return layers if layers is not None and layers.takes(frames) else None
 
 

@@ -15,7 +15,6 @@ if there were none of this.
 from __future__ import annotations
 
 import ctypes
-import warnings
 from typing import Any
 
 import torch
@@ -30,8 +29,8 @@ from mimo_fast.kernels.cuda.engine import (
     MOST_TOGETHER,
     OWN_BYTES,
 )
-from mimo_fast.kernels.cuda.engine_launch import Grid, Launcher
-from mimo_fast.kernels.defaults import ENVIRONMENT, NewPath, enabled
+from mimo_fast.kernels.cuda.engine_launch import ErrorWord, Grid, Launcher
+from mimo_fast.kernels.defaults import NewPath, enabled
 from mimo_fast.kernels.matmul.weight import Weight
 from mimo_fast.kernels.sample import ROWS_OF, SamplerTensors
 from mimo_fast.kernels.sample_codes import patch_noise
@@ -172,6 +171,7 @@ class Persistent:
 
     Attributes:
         backbone, encoder, decoder: None where it is refused.
+        error: What launches tell when they give up.
     """
 
     def __init__(
@@ -180,10 +180,10 @@ class Persistent:
         self._arguments = network, grid, loaded
         device = network.code_heads.device
         grid = grid or Grid.of(device)
-        self._error = torch.zeros(1, dtype=torch.int32, device=device)
-        self._on = True
+        warning = "the persistent kernel gave up; decoding goes on without it"
+        self.error = ErrorWord(device, warning)
         self._held = dict[tuple[int, int], bool]()
-        how = grid, self._error, loaded
+        how = grid, self.error.word, loaded
         self.backbone = None if refuses_backbone(network) else PersistentBackbone(network, *how)
         self.encoder = None if refuses_encoder(network) else PersistentEncoder(network, *how)
         self.decoder = None if refuses_decoder(network) else PersistentDecoder(network, *how)
@@ -195,7 +195,7 @@ class Persistent:
     def takes(self, state: DecodeState) -> bool:
         """Whether it decodes rows of a state."""
         fits = state.slots <= MOST_ROWS and state.cache.k_scales is None
-        return self._on and fits and self._holds(state.slots, state.capacity)
+        return self.error.on and fits and self._holds(state.slots, state.capacity)
 
     def _holds(self, rows: int, capacity: int) -> bool:
         if (rows, capacity) not in self._held:
@@ -211,22 +211,11 @@ class Persistent:
 
     def error_copy(self) -> HostCopy:
         """Starts a copy of what is not 0 if a launch so far gives up; it waits for none."""
-        return HostCopy(self._error)
+        return HostCopy(self.error.word)
 
     def gave_up(self) -> bool:
-        """Whether a launch has given up since this was last asked; waits for the device.
-
-        It warns then, and takes no state from now on.
-        """
-        if not self._on or not int(self._error):
-            return False
-        self._on = False
-        warnings.warn(
-            "the persistent kernel gave up; decoding goes on without it, as from the start with "
-            f"{ENVIRONMENT}=0",
-            stacklevel=2,
-        )
-        return True
+        """`ErrorWord.gave_up`; no state is taken from then on."""
+        return self.error.gave_up()
 
 
 def persistent(network: Network) -> Persistent | None:

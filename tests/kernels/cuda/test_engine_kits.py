@@ -65,7 +65,7 @@ def persistent(
 
             launcher.attempt = counted
         yield model, counts
-        assert int(kernels._error) == 0
+        assert int(kernels.error.word) == 0
 
 
 def of(model: mimo_fast.MimoAudio) -> Persistent:

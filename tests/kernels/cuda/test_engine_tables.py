@@ -395,9 +395,9 @@ def test_a_copy_reads_its_own_weights(monkeypatch):
             qkv = weights.layers[0].qkv
             assert tables.matrices[first].words == qkv.words.data_ptr()
             assert tables.phases[first].bias == qkv.bias.data_ptr()
-            assert part.launcher.error.data_ptr() == each._error.data_ptr()
+            assert part.launcher.error.data_ptr() == each.error.word.data_ptr()
     assert own.backbone.norm.data_ptr() != given.backbone.norm.data_ptr()
-    assert each._error.data_ptr() != made._error.data_ptr()
+    assert each.error.word.data_ptr() != made.error.word.data_ptr()
 
 
 def test_structures_of_another_version_are_refused():

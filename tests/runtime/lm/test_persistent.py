@@ -16,6 +16,7 @@ from replies import CAPACITY, drawn, poison, replies_of
 from torch import Tensor
 
 from mimo_fast import MimoAudio
+from mimo_fast.kernels.cuda.engine_launch import ErrorWord
 from mimo_fast.kernels.sample import NOT_FINITE
 from mimo_fast.kernels.sample_text import TEXT_SLOT, sample_text
 from mimo_fast.runtime.engine.engine import Engine
@@ -40,7 +41,7 @@ class StandIn(Persistent):
 
     def __init__(self, lm: LM, gives_up: int = 0) -> None:
         self._lm, self._gives_up, self.launches = lm, gives_up, 0
-        self._error, self._on = torch.zeros(1, dtype=torch.int32), True
+        self.error = ErrorWord(torch.device("cpu"), "the stand-in gave up")
         self._held = {}
         self.launcher = SimpleNamespace(holds=lambda rows, capacity=0: capacity <= CAPACITY)
         self.backbone = self.encoder = self.decoder = self  # type: ignore[assignment]
@@ -59,7 +60,7 @@ class StandIn(Persistent):
         logits = self._lm.text_logits(hidden)
         text = sample_text(logits, settings, state.seeds[slots], draws, banned, TEXT_SLOT)
         self._launched(torch.nan, hidden)
-        if int(self._error):
+        if int(self.error.word):
             text[0 if self.launches == self._gives_up else slice(None)] = NOT_FINITE
         return hidden, text
 
@@ -77,25 +78,25 @@ class StandIn(Persistent):
     def _launched(self, lost: float, *made: Tensor) -> None:
         self.launches += 1
         for each in made:
-            if int(self._error):
+            if int(self.error.word):
                 each.fill_(lost)
             elif self.launches == self._gives_up:
                 each[0, ..., -1] = lost
         if self.launches == self._gives_up:
-            self._error.fill_(1)
+            self.error.word.fill_(1)
 
 
 def as_captured(stand_in: StandIn) -> Callable[[Run], Any]:
     """A stand-in for CUDA graphs that go on to launch what they have launched when captured."""
 
     def capture(run: Run) -> Any:
-        then = stand_in._on
+        then = stand_in.error.on
         again, result = repeated(run)
 
         def replay() -> None:
-            now, stand_in._on = stand_in._on, then
+            now, stand_in.error.on = stand_in.error.on, then
             again()
-            stand_in._on = now
+            stand_in.error.on = now
 
         return replay, result
 
@@ -139,7 +140,7 @@ def warned_once(stand_in: StandIn) -> Iterator[None]:
         warnings.simplefilter("always")
         yield
     named = [str(each.message) for each in found if "gave up" in str(each.message)]
-    assert len(named) == int(stand_in._error)
+    assert len(named) == int(stand_in.error.word)
     assert all("MIMO_FAST_EXPERIMENTAL=0" in line for line in named)
 
 
@@ -156,7 +157,7 @@ def test_any_launch_may_give_up(model, requests, alone, how, tries):
         engine, stand_in = engine_of(model, gives_up, how, 3)
         with warned_once(stand_in):
             assert replies_of(engine, requests) == want
-        if not int(stand_in._error):
+        if not int(stand_in.error.word):
             continue
         launched = stand_in.launches
         assert replies_of(engine, requests[:1]) == want[:1]
