@@ -15,6 +15,7 @@ python -m benchmarks simulate --published                simulated: an H100, a 4
 python -m benchmarks engine                               predicted: a persistent kernel's group
 python -m benchmarks suite                                make bench: a CPU in ten minutes
 python -m benchmarks --report                             docs/performance.md from the results
+python -m benchmarks add FILE.json                        a shared `mimo-fast bench` into the report
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 
 from benchmarks import (
     baselines,
+    community,
     compare,
     e2e,
     engine_report,
@@ -59,6 +61,7 @@ COMMANDS = {
     ),
     "suite": (suite, "make bench: the CPU's tables within ten minutes, and the report"),
     "report": (report, "docs/performance.md from benchmarks/results; --report is the same"),
+    "add": (community, "check a file of `mimo-fast bench --json` and take it into the results"),
 }
 
 

@@ -168,6 +168,12 @@ class Measured:
         return sorted(found, key=lambda device: (not found[device], device))
 
 
+def slug(text: str) -> str:
+    """A part of a file's name from a device's: lower case, words joined by dashes."""
+    words = "".join(c if c.isalnum() else " " for c in text).lower().split()
+    return "-".join(words)
+
+
 def sources(entries: Iterable[Entry]) -> str:
     """The device, and for each file and commit the days and the measured ceiling; Markdown."""
     groups: dict[tuple[str, str, str], list[Entry]] = {}

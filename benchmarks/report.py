@@ -1,4 +1,4 @@
-"""docs/performance.md and its pictures, made from benchmarks/results alone.
+"""docs/performance.md, its pictures and mimo_fast/assets/cards.json, from benchmarks/results alone.
 
 No figure is typed in. The newest record of each thing on each device counts. What a reader wants to
 know and nothing has measured is listed as not measured.
@@ -14,21 +14,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import engine_report, lookahead, projection, recordings
+from benchmarks import community, engine_report, lookahead, projection, recordings
+from benchmarks.cards import Expectation, cards_text
 from benchmarks.columns import COLUMNS, cells, factor, gigabytes, share, shown, table, whole_ms
 from benchmarks.load import report as load_report
 from benchmarks.projection import FORMATS
-from benchmarks.records import NOT_MEASURED, RESULTS, Entry, Measured, sources
+from benchmarks.records import NOT_MEASURED, RESULTS, Entry, Measured, slug, sources
+from mimo_fast.bench.cards import CARDS
 from mimo_fast.bench.environment import ROOT
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 PLACES = ("a GPU", True), ("a CPU", False)
-SENTENCE = 107
-"""Groups of the prompt of a text to be said, as `mimo-fast bench` has it."""
-
-CONTEXT = 256
-"""Groups of context of the first table's steady state; the nearest measured one is taken."""
-
 TOP, NAME_WIDTH = 12, 60
 """Number of a profile's kernels that are shown, and length of their names."""
 
@@ -128,26 +124,10 @@ def expected(measured: Measured, device: str | None) -> tuple[list[list[str]], l
     """
     rows: list[list[str]] = []
     used: list[Entry] = []
-    for name in (f"7b {form}" for form in FORMATS):
-        groups, requests = (
-            [e for e in measured.find(kind) if e.device == device and e.title == name]
-            for kind in ("groups", "request")
-        )
-        quick = [
-            e
-            for e in measured.find("quick")
-            if e.device == device and f"{e.get('preset')} {e['quantization']}" == name
-        ]
-        single = [e for e in groups if e["batch"] == 1]
-        nearest = sorted(single, key=lambda e: abs(e.context - CONTEXT))[:1]
-        # Of the newest requests the one with the prompt of a short sentence.
-        newest = sorted(
-            (e for e in requests if e["batch"] == 1 and e["audio_ttfp"] is not None),
-            key=lambda e: (e["task"] == "tts", e.date[:10], -abs(e["prompt_groups"] - SENTENCE)),
-        )[-1:]
-        many = [e for e in requests if e["task"] == "tts"]
-        rows.append([name, *_group_cells(nearest), *_request_cells(newest, many, quick)])
-        used += nearest + newest + quick + many
+    for form in FORMATS:
+        known = Expectation.of(measured, device, form)
+        rows.append([f"7b {form}", *_group_cells(known.groups), *_request_cells(known)])
+        used += known.used
     return rows, used
 
 
@@ -163,17 +143,11 @@ def _group_cells(entries: Sequence[Entry]) -> Sequence[str]:
     return (NOT_MEASURED,) * 3
 
 
-def _request_cells(
-    spoken: Sequence[Entry], many: Sequence[Entry], quick: Sequence[Entry]
-) -> Iterator[str]:
+def _request_cells(known: Expectation) -> Iterator[str]:
     """First audio, streams and memory of a request."""
-    rows = [(row["streams"], row["metrics"]["audio_rtf"]) for e in quick for row in e["rows"]]
-    rows += [(e["batch"], e["audio_rtf"]) for e in many]
-    known = [(streams, rtf) for streams, rtf in rows if rtf is not None]
-    carried = max((streams for streams, rtf in known if rtf < 1), default=0)
-    more = known and carried == max(streams for streams, _ in known)
+    spoken, streams, more = known.spoken, known.streams, " or more" if known.or_more else ""
     yield whole_ms(spoken[0].at("audio_ttfp.p50")) if spoken else NOT_MEASURED
-    yield f"{carried}{' or more' if more else ''}" if known else NOT_MEASURED
+    yield NOT_MEASURED if streams is None else f"{streams}{more}"
     yield gigabytes(spoken[0]["peak_bytes"]) if spoken else NOT_MEASURED
 
 
@@ -216,6 +190,7 @@ def document(measured: Measured, results: Path, pictures: Sequence[str]) -> str:
     parts += lookahead.section(results)
     parts += recordings.section(results)
     parts += load_report.section(results)
+    parts += community.section(results)
     parts += ["## Projection to other cards\n", projection.section(measured) + "\n"]
     parts += engine_report.section(results)
     if measured.find("compare"):
@@ -266,8 +241,7 @@ def _picture(pictures: Sequence[str], device: str, kind: str | None) -> Iterator
 
 def picture_name(kind: str, device: str) -> str:
     """File name of a device's picture in docs/performance/."""
-    words = "".join(c if c.isalnum() else " " for c in device).lower().split()
-    return f"{kind}-{'-'.join(words)}.svg"
+    return f"{kind}-{slug(device)}.svg"
 
 
 def _weight_errors(results: Path) -> Iterator[str]:
@@ -282,7 +256,10 @@ def _weight_errors(results: Path) -> Iterator[str]:
 
 
 def write_report(results: Path = RESULTS, target: Path = DOCUMENT) -> int:
-    """Writes the report and its pictures, and removes outdated pictures; returns the exit code."""
+    """Writes the report and its pictures, and removes outdated pictures; returns the exit code.
+
+    With the committed report the package's table of known machines is written as well.
+    """
     if find_spec("matplotlib") is None:
         install = "pip install 'mimo-fast[bench]' (or '.[bench]' in a checkout)"
         print(f"error: the report needs matplotlib: {install}", file=sys.stderr)
@@ -296,6 +273,8 @@ def write_report(results: Path = RESULTS, target: Path = DOCUMENT) -> int:
         if path.name not in drawn:
             path.unlink()
     target.write_text(document(measured, results, drawn).rstrip() + "\n", encoding="utf-8")
+    if (results, target) == (RESULTS, DOCUMENT):
+        CARDS.write_text(cards_text(measured), encoding="utf-8")
     print(f"{target}: {len(measured.entries)} records, {len(drawn)} pictures")
     return 0
 

@@ -15,18 +15,21 @@ import torch
 from tqdm import tqdm
 
 from mimo_fast.audio.paths import write_whole
+from mimo_fast.bench.advice import Measured, Measurement, advise, computed
+from mimo_fast.bench.cards import beside
 from mimo_fast.bench.ceiling import Ceiling, ceiling, name_of
 from mimo_fast.bench.environment import environment
 from mimo_fast.bench.floor import GroupWork
 from mimo_fast.bench.integers import layer_matrices, prompt_shares
 from mimo_fast.bench.machine import describe_machine, useful_threads
 from mimo_fast.bench.pipeline import Metrics, TimedRequest, measure, prompt_ids
+from mimo_fast.bench.shared import public_name, shared
 from mimo_fast.bench.synthetic import preset_configs, preset_setup, weightless_lm
 from mimo_fast.bench.target import Target, shortfall, user_speech
 from mimo_fast.config import PathLike
 from mimo_fast.errors import DeviceMemoryError
 from mimo_fast.runtime.loading import LoadOptions, default_device, parse_dtype
-from mimo_fast.runtime.memory import GB
+from mimo_fast.runtime.memory import GB, free_bytes
 
 BUDGET = 120.0
 """Seconds for the whole command."""
@@ -64,6 +67,7 @@ def bench(
     print("\n".join(line for line in describe_machine() if line.startswith(wanted)), flush=True)
     machine = ceiling(device)
     print(machine, flush=True)
+    free = free_bytes(device)
     target, about = _target(args, pair, options, device, machine)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(target.lm.config))
@@ -80,20 +84,21 @@ def bench(
         flush=True,
     )
     rows = list(_rows(args, target, machine, began))
-    streams = max((row.streams for row in rows if row.carried), default=0)
-    more = " or more" if rows[-1].carried else ""
-    print(f"\nstreams it can carry in real time: {streams or 'none'}{more}", flush=True)
+    print("\n" + "\n".join(beside()), flush=True)
+    line = _line(args, target, about, rows, machine, free)
+    print(f"\nthis machine: {line}", flush=True)
     if args.json:
-        record = {
-            "kind": "quick",
-            "environment": environment(device),
-            "ceiling": asdict(machine),
-            **about,
-            "dtype": name_of(target.lm.dtype),
-            "of_integer_peak": shares,
-            "streams": streams,
-            "rows": [asdict(row) for row in rows],
-        }
+        record = shared(
+            args,
+            about,
+            environment(device),
+            [asdict(row) for row in rows],
+            ceiling=asdict(machine),
+            dtype=name_of(target.lm.dtype),
+            of_integer_peak=shares,
+            streams=max((row.streams for row in rows if row.carried), default=0),
+            line=line,
+        )
         write_whole(args.json, (json.dumps(record, indent=1) + "\n").encode())
     return 0
 
@@ -164,6 +169,31 @@ def _rows(
                 return
 
 
+def _line(
+    args: argparse.Namespace,
+    target: Target,
+    about: dict[str, str | None],
+    rows: list[Row],
+    machine: Ceiling,
+    free: int | None,
+) -> str:
+    """What to expect and which format to take, in one line."""
+    timed = list[Measured]()
+    for row in rows:
+        first, factor = row.metrics.audio_ttfp, row.metrics.audio_rtf
+        if factor is not None:
+            timed.append(Measured(row.streams, factor, None if first is None else first.p50))
+    if about["preset"] == "tiny" or (about["preset"] and not timed):
+        return computed(_published_dtype(args), target.lm.device, machine, free)
+    if not timed:
+        return f"no stream in real time: no audio came in the {BUDGET:.0f} s of this command"
+    one = rows[0].metrics
+    groups = one.prompt_groups, one.text_groups, one.audio_groups
+    quantization = about["quantization"]
+    made = Measurement(target.setup, target.codec, quantization, machine, free, *groups)
+    return advise(made, timed)
+
+
 def _request(target: Target, machine: Ceiling, context: int) -> TimedRequest:
     """A sentence to be said, at the end of a context where one is given.
 
@@ -183,19 +213,22 @@ def _target(
 ) -> tuple[Target, dict[str, str | None]]:
     """The target, and what a record says of it.
 
-    It is also described in words, which are printed before it is made.
+    It is also described in words, which are printed before it is made and may name folders.
     """
 
-    def announced(preset: str | None, quantization: str | None, what: str) -> dict[str, str | None]:
+    def announced(
+        preset: str | None, quantization: str | None, what: str, name: str | None = None
+    ) -> dict[str, str | None]:
         print(f"model: {what}", flush=True)
-        return {"model": what, "preset": preset, "quantization": quantization}
+        return {"model": name or what, "preset": preset, "quantization": quantization}
 
     if pair is not None:
         lm, codec = pair
         quantized = f", {args.quantization}" if args.quantization else ""
-        about = announced(None, args.quantization, f"{lm}{quantized}, replies of a set length")
+        what = f"{lm}{quantized}, replies of a set length"
+        about = announced(None, args.quantization, what, public_name(lm))
         return Target.load(lm, codec, args.quantization, args.dtype, device, True, **options), about
-    quantization, dtype = args.quantization or "int4", parse_dtype(args.dtype) or torch.bfloat16
+    quantization, dtype = args.quantization or "int4", _published_dtype(args)
     published = f"the published dimensions in {quantization}"
     reason = _unfit(quantization, dtype, device, machine)
     if reason is None:
@@ -205,6 +238,11 @@ def _target(
     what = f"a tiny one with random weights, since {published} {reason}"
     about = announced("tiny", None, f"{what}; its figures say nothing about theirs")
     return Target.random("tiny", None, parse_dtype(args.dtype) or torch.float32, device), about
+
+
+def _published_dtype(args: argparse.Namespace) -> torch.dtype:
+    """What the published dimensions are computed in."""
+    return parse_dtype(args.dtype) or torch.bfloat16
 
 
 def _unfit(

@@ -225,7 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Measure this machine: speed, first audio, streams it can carry, memory.",
         default="random weights; nano with --quality",
     )
-    _add_json(speed)
+    _add_json(speed, "write it there as well, without what is yours: a file to share")
     judge = speed.add_argument_group("quality", "what quantized weights cost, in place of speed")
     judge.add_argument(
         "--quality", action="store_true", help="compare formats with a model's own weights"
@@ -478,9 +478,8 @@ def _add_thinking(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--thinking", action="store_true", help=help)
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    table = "write the table there as well"
-    parser.add_argument("--json", type=path, metavar="FILE", help=table)
+def _add_json(parser: argparse.ArgumentParser, help: str = "write the table there as well") -> None:
+    parser.add_argument("--json", type=path, metavar="FILE", help=help)
 
 
 def _add_output(parser: argparse.ArgumentParser, required: bool = True, note: str = "") -> None:

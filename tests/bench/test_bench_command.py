@@ -1,13 +1,21 @@
 """`mimo-fast bench` as a user meets it; the machine's ceiling is given, so that nothing large is
 read."""
 
+import getpass
 import json
+import os
+import platform
+import pwd
+import re
+import shutil
+import socket
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import ADAPTERS, PAIR, watch
 
+from benchmarks.__main__ import main as benchmarks
 from mimo_fast.bench import command
 from mimo_fast.bench.ceiling import Ceiling
 from mimo_fast.bench.target import Target
@@ -38,8 +46,13 @@ def test_without_a_model_the_tiny_preset_and_why(capsys, tmp_path):
     assert lines[3].startswith("floor: ")
     assert lines[5].split()[:3] == ["streams", "real-time", "factor"]
     assert lines[6].split()[0] == "1"
-    assert lines[-1].startswith("streams it can carry in real time: ")
+    # Known machines, and at the end one line to act on.
+    assert "NVIDIA H100 80GB HBM3 (measured 2026-11-27" in out
+    assert lines[-1].startswith("this machine: the published dimensions (computed, not measured): ")
+    assert lines[-1].endswith("; take int4")
     record = json.loads((tmp_path / "bench.json").read_text())
+    assert (record["schema"], record["command"]) == (1, "mimo-fast bench --device cpu")
+    assert lines[-1] == f"this machine: {record['line']}"
     first = record["rows"][0]
     assert first["streams"] == 1
     assert first["metrics"]["audio_groups"] == command.PATCHES
@@ -75,9 +88,15 @@ def test_an_adapter_beside_quantized_weights_is_measured(capsys, tmp_path, monke
     assert adapted == [True]
 
 
-def test_the_embedded_model_by_its_name(capsys):
-    assert main(["bench", "--model", "nano"]) == 0
+def test_the_embedded_model_by_its_name_in_a_file_that_is_taken_in(capsys, tmp_path):
+    output, results = tmp_path / "nano.json", tmp_path / "results"
+    assert main(["bench", "--model", "nano", "--json", str(output)]) == 0
     assert f"model: {NANO / 'lm'}, replies of a set length\n" in capsys.readouterr().out
+    assert benchmarks(["add", str(output), "--results", str(results)]) == 0
+    (taken,) = (results / "community").iterdir()
+    assert json.loads(taken.read_text()) == json.loads(output.read_text())
+    assert "-nano-fp32" in taken.name
+    assert json.loads(taken.read_text())["command"] == "mimo-fast bench --model nano --device cpu"
 
 
 def test_one_stream_that_does_not_fit_is_an_error(capsys, monkeypatch):
@@ -113,7 +132,62 @@ def test_streams_stop_where_they_come_slower_than_they_play(monkeypatch, capsys)
     assert main(["bench"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[6:8]] == [["1", "0.750"], ["2", "1.500"]]
-    assert lines[8:] == ["", "streams it can carry in real time: 1"]
+    assert lines[8] == ""
+    assert lines[-1].startswith("this machine: ")
+
+
+def test_a_given_models_streams_first_audio_and_format_are_told(monkeypatch, capsys):
+    def slower(target, request, streams, **options):
+        found = measure(target, request, streams, **options)
+        first = replace(found.audio_ttfp, p50=0.1 * streams)
+        return replace(found, audio_rtf=0.4 * streams, audio_ttfp=first)
+
+    measure = command.measure
+    monkeypatch.setattr(command, "STREAMS", (1, 2, 4))
+    monkeypatch.setattr(command, "measure", slower)
+    assert main(["bench", *PAIR, "--max-seq-len", "200"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "this machine: 2 simultaneous streams in real time, first audio after 100 ms with 1 and "
+        "200 ms with 2 (measured in fp32); take fp32, the most exact"
+    )
+
+
+def test_a_given_model_of_which_no_audio_came(monkeypatch, capsys):
+    monkeypatch.setattr(command, "BUDGET", 0.0)
+    assert main(["bench", *PAIR, "--max-seq-len", "200"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("this machine: no stream in real time: no audio came")
+
+
+def test_the_written_file_says_nothing_of_its_owner(monkeypatch, tmp_path, capsys):
+    """No folder, host or user name, whatever was named on the way."""
+    private = tmp_path / "private-person"
+    small, home = private / "private-model", private / "private-home"
+    private.mkdir()
+    assert main(["quantize", PAIR[1], str(small), "--format", "int8"]) == 0
+    adapter = shutil.copytree(ADAPTERS / "qkvo", private / "private-adapter")
+    codec = shutil.copytree(PAIR[3], private / "private-codec")
+    for name in ("HOME", "USER", "LOGNAME", "USERNAME", "HOSTNAME"):
+        monkeypatch.setenv(name, str(home) if name == "HOME" else "private-name")
+    for module, name in ((socket, "gethostname"), (platform, "node"), (getpass, "getuser")):
+        monkeypatch.setattr(module, name, lambda: "private-name")
+    monkeypatch.setattr(command, "STREAMS", (1,))
+    named = ["--model", small, "--codec", codec, "--adapter", adapter, "--cache-dir", home]
+    more = ["--max-seq-len", "200", "--revision", "private-branch", "--offline"]
+    output = private / "private-file.json"
+    assert main(["bench", *map(str, named), *more, "--json", str(output)]) == 0
+    text = output.read_text(encoding="utf-8")
+    assert "private" not in text
+    # The names of this machine as they are, too, and no path at all.
+    for word in {os.uname().nodename, pwd.getpwuid(os.getuid()).pw_dir, str(tmp_path)}:
+        assert f'"{word}' not in text
+    assert not re.search(r"(?<![\w])/\w|\\\\|~", text)
+    record = json.loads(text)
+    assert record["model"] == "a checkpoint of its owner's"
+    assert record["command"] == (
+        "mimo-fast bench --model DIR --codec DIR --adapter DIR --revision NAME --cache-dir DIR "
+        "--device cpu --max-seq-len 200"
+    )
 
 
 def test_all_that_was_tried_is_carried(monkeypatch, capsys):
@@ -123,7 +197,10 @@ def test_all_that_was_tried_is_carried(monkeypatch, capsys):
     measure = command.measure
     monkeypatch.setattr(command, "measure", carried)
     assert main(["bench"]) == 0
-    assert capsys.readouterr().out.endswith("\nstreams it can carry in real time: 2 or more\n")
+    # Of the tiny model the line says nothing, and the record all.
+    assert "this machine: the published dimensions (computed" in capsys.readouterr().out
+    assert main(["bench", *PAIR, "--max-seq-len", "200"]) == 0
+    assert "this machine: 2 or more simultaneous streams" in capsys.readouterr().out
 
 
 def test_time_is_kept(monkeypatch, capsys):

@@ -9,8 +9,10 @@ import pytest
 
 from benchmarks import lookahead, projection, report
 from benchmarks.__main__ import main
+from benchmarks.cards import cards, cards_text
 from benchmarks.records import NOT_MEASURED, Entry, JsonLines, Measured
 from benchmarks.report import DOCUMENT, RESULTS, document, picture_name, write_report
+from mimo_fast.bench.cards import CARDS
 from mimo_fast.runtime.memory import GB
 
 CARD = "NVIDIA H200"
@@ -85,6 +87,50 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
         (strokes, places), (wanted, there) = _parts_of(picture), _parts_of(committed[name])
         assert strokes == wanted, f"{name}: {advice}"
         assert places == pytest.approx(there, abs=1e-3), f"{name}: {advice}"
+
+
+def test_the_packages_known_machines_are_those_of_the_committed_results():
+    assert CARDS.read_text() == cards_text(COMMITTED), "run: python -m benchmarks --report"
+    for card in json.loads(CARDS.read_text())["cards"]:
+        for form, known in card["formats"].items():
+            assert known["dates"]
+            for file, commit in known["sources"]:
+                records = [json.loads(line) for line in (RESULTS / file).read_text().splitlines()]
+                seen = {e["environment"]["commit"] for e in records if "environment" in e}
+                assert commit in seen, f"{card['name']} {form}"
+
+
+def test_known_machines_are_written_with_the_committed_report_alone(tmp_path, monkeypatch):
+    ours = tmp_path / "cards.json"
+    monkeypatch.setattr(report, "CARDS", ours)
+    monkeypatch.setattr("benchmarks.plots.draw", lambda *_: [])
+    monkeypatch.setattr(report, "document", lambda *_: "")
+    assert write_report(RESULTS, tmp_path / "other.md") == 0
+    assert not ours.exists()
+    monkeypatch.setattr(report, "DOCUMENT", tmp_path / "other.md")
+    assert main(["--report", "-o", str(tmp_path / "other.md")]) == 0
+    assert ours.read_text() == CARDS.read_text()
+
+
+def test_a_machine_is_known_by_its_own_records():
+    spoken = request(prompt_groups=107), request(batch=8), request(batch=16, audio_rtf=1.5)
+    (card,) = cards(measured(groups(), *spoken))
+    assert (card["name"], card["type"], card["read_Bps"]) == (CARD, "cuda", 4.0e12)
+    assert card["formats"] == {
+        "int4": {
+            "audio_group": 0.0025,
+            "of_floor": 0.637,
+            "first_audio": 0.0421,
+            "peak_bytes": 7_770_000_000,
+            "streams": 8,
+            "or_more": False,
+            "dates": ["2027-01-02"],
+            "sources": [("2027-01-02-gpu.jsonl", "0123456789abcdef")],
+        }
+    }
+    (steady,) = cards(measured(groups()))
+    found = steady["formats"]["int4"]
+    assert (found["first_audio"], found["peak_bytes"], found["streams"]) == (None, None, None)
 
 
 def _parts_of(picture: bytes) -> tuple[str, list[float]]:
