@@ -16,6 +16,9 @@ KITS := tests/interpreted/test_asr.py tests/interpreted/test_adapters.py tests/i
 # Tests run the CUDA kernels' source on the CPU and compile it apart; the library is built where there is a GPU for it.
 export MIMO_FAST_CUDA_ARCHITECTURES ?= $(if $(shell command -v nvidia-smi),,none)
 
+# Without it each process of each target would compile its modules and rewrite its tests' assertions again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Another Triton, in a folder of its own.
 OLDEST := .venv/oldest-triton
 # Pipecat and LiveKit pin other versions than this package does: an environment of their own.

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,26 @@ def test_no_test_lies_where_none_is_looked_for():
             assert not re.search(r"^\s*(async )?def test_|^class Test", text, re.M)
 
 
+def joined(each: Iterable[Run]) -> Iterator[Run]:
+    """The runs; two that divide the same files by the mark `slow` are one."""
+    alike: dict[str, list[Run]] = {}
+    for run in each:
+        alike.setdefault(str(replace(run, marks="")), []).append(run)
+    for group in alike.values():
+        halves = sorted(run.marks for run in group) == ["not slow", "slow"]
+        yield from [replace(group[0], marks="")] if halves else group
+
+
+def test_only_two_halves_are_joined():
+    fast, slow = (Run({}, [Path("tests")], [], marks) for marks in ("not slow", "slow"))
+    other = replace(slow, ignore=[Path("tests/server")])
+    assert [*joined([fast, other, slow])] == [replace(fast, marks=""), other]
+    for kept in ([fast, slow, slow], [fast, fast], [slow], [fast, replace(slow, names="x")]):
+        assert [*joined(kept)] == kept
+
+
 @pytest.mark.slow
 def test_every_test_is_collected_once(before_commits, before_merges):
-    found = Counter(name for run in (*before_commits, *before_merges) for name in run.collected())
+    each = joined([*before_commits, *before_merges])
+    found = Counter(name for run in each for name in run.collected())
     assert found == Counter(EVERYTHING.collected())
