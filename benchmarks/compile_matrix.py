@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -101,7 +100,7 @@ def _width(load: str) -> int:
 
 def compile_cuda(source: Path, architecture: int) -> dict[str, tuple[int, int, int]]:
     """Registers a thread, bytes of local and of shared memory of every kernel of a CUDA file."""
-    usage = _cuobjdump(_nvcc(source, architecture), "-res-usage")
+    usage = _cuobjdump(cubin(source, architecture), "-res-usage")
     found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     return {_kernel_name(name): tuple(map(int, numbers)) for name, *numbers in found}
 
@@ -119,14 +118,13 @@ def wrong_descriptors(source: Path, architecture: int) -> dict[str, list[str]]:
 
 def cuda_assembly(source: Path, architecture: int) -> Iterator[tuple[str, str]]:
     """The machine instructions of every kernel of a CUDA file, by nvcc."""
-    code = _cuobjdump(_nvcc(source, architecture), "-sass")
+    code = _cuobjdump(cubin(source, architecture), "-sass")
     for text in code.split("Function : ")[1:]:
         yield _kernel_name(text.split(None, 1)[0]), text
 
 
-@cache
-def _nvcc(source: Path, architecture: int) -> bytes:
-    """A cubin."""
+def cubin(source: Path, architecture: int) -> bytes:
+    """A CUDA file compiled for an architecture."""
     flags = ["-O3", "-std=c++17", f"-I{source.parent}", f"-arch=sm_{architecture}", "-cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         subprocess.run(["nvcc", *flags, source, "-o", file.name], check=True)
@@ -141,10 +139,10 @@ def _kernel_name(mangled: str) -> str:
     return " ".join([name, *types, *re.findall(r"L(?:[ib]|NS_\d+[A-Za-z]+E)(\d+)E", mangled)])
 
 
-def _cuobjdump(cubin: bytes, option: str) -> str:
+def _cuobjdump(code: bytes, option: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(code)
         file.flush()
         command = [tool, option, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -8,6 +8,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
+from emulated import exclusive
+
 from benchmarks import compile_matrix as matrix
 from mimo_fast.kernels.dispatch import PDL_TRIGGERS, PdlTrigger
 
@@ -16,6 +18,47 @@ STATIC_SHARED = 48 * 1024
 SPLIT = ("split_attention bf16", "merge_splits")
 
 architectures = pytest.mark.parametrize("architecture", matrix.ARCHITECTURES, ids="sm_{}".format)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_cubins(tmp_path_factory):
+    """A CUDA file is compiled once for an architecture and run, whatever the number of workers."""
+    compiled = matrix.cubin
+
+    def once(source, architecture):
+        name = f"{source.stem}-{architecture}"
+        with exclusive(tmp_path_factory, name) as folder:
+            kept = folder / f"{name}.cubin"
+            if not kept.exists():
+                kept.write_bytes(compiled(source, architecture))
+            return kept.read_bytes()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matrix, "cubin", once)
+        yield
+
+
+def check_cuda(source, architecture):
+    kernels = matrix.compile_cuda(source, architecture)
+    assert kernels
+    for name, (_, local, shared) in kernels.items():
+        assert local == 0, name
+        assert shared <= STATIC_SHARED, name
+    assert not matrix.wrong_descriptors(source, architecture)
+    return kernels
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 120], ids="sm_{}".format)
+def test_the_persistent_kernel_has_registers_for_512_threads(architecture):
+    """Its file takes minutes, so this is the only test that compiles it for an architecture, and
+    the first: at the end one process would wait for it."""
+    source = next(source for source in matrix.CUDA if source.stem == "engine")
+    kernels = check_cuda(source, architecture)
+    # T, DEPTH, KIND
+    assert len(kernels) == 8
+    for name, (registers, *_) in kernels.items():
+        assert registers <= 65536 // 512, name
 
 
 @architectures
@@ -55,16 +98,6 @@ def test_the_next_starts_where_it_is_triggered(name, trigger):
         assert not any(call.startswith(("ld", "cp")) for call in after)
 
 
-def check_cuda(source, architecture):
-    kernels = matrix.compile_cuda(source, architecture)
-    assert kernels
-    for name, (_, local, shared) in kernels.items():
-        assert local == 0, name
-        assert shared <= STATIC_SHARED, name
-    assert not matrix.wrong_descriptors(source, architecture)
-    return kernels
-
-
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @architectures
 @pytest.mark.parametrize(
@@ -75,15 +108,15 @@ def test_cuda_compiles_without_spills(source, architecture):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 120], ids="sm_{}".format)
-def test_the_persistent_kernel_has_registers_for_512_threads(architecture):
-    """Its file takes minutes, so this is the only test that compiles it for an architecture."""
-    source = next(source for source in matrix.CUDA if source.stem == "engine")
-    kernels = check_cuda(source, architecture)
-    # T, DEPTH, KIND
-    assert len(kernels) == 8
-    for name, (registers, *_) in kernels.items():
-        assert registers <= 65536 // 512, name
+def test_a_cuda_file_is_compiled_once(monkeypatch):
+    source = next(source for source in matrix.CUDA if source.stem == "unpack")
+    first = matrix.cubin(source, 90)
+
+    def again(*command, **options):
+        raise AssertionError(f"compiled again: {command}")
+
+    monkeypatch.setattr(matrix.subprocess, "run", again)
+    assert matrix.cubin(source, 90) == first
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
