@@ -22,7 +22,8 @@ VOICE = 0.05
 of each of two, 0.84 and 0.50 (`voices` in benchmarks/results/2026-11-29-quality-nano.json)."""
 
 SOUND = 0.1
-"""Of DNSMOS, whose scale is 1 to 5: less than its spread over sentences that one voice says."""
+"""Of DNSMOS, whose scale is 1 to 5: half of the standard deviation over sentences that nano says,
+0.19 (same file)."""
 
 SPEED = 0.1
 """Of the fastest's time: on a machine that does other things, too, medians differ by as much."""
@@ -51,7 +52,8 @@ class Measure:
     unit: str
 
     def shown(self, value: float) -> str:
-        return f"{self.factor * value:.{self.digits}f}"
+        # Not -0.0, which a loss of nothing would be otherwise.
+        return f"{round(self.factor * value, self.digits) + 0.0:.{self.digits}f}"
 
 
 MEASURES = {
@@ -125,8 +127,9 @@ def _sentence(
         kept = "; ".join(reasons) or "no other was compared"
         return f"Keep {full.name} on this machine: {kept}."
     lost = _listed([_kept(name, loss) for name, loss in chosen.losses.items()])
-    take = f"Take {chosen.name} on this machine: beside {full.name} it loses {lost}"
-    return "; ".join([take, _gains(chosen, full), *reasons]) + "."
+    take = f"Take {chosen.name} on this machine: it loses {lost}"
+    gains = f"beside {full.name} {_gains(chosen, full)}"
+    return "; ".join([take, gains, *reasons]) + "."
 
 
 def _kept(name: str, loss: Loss) -> str:
@@ -136,18 +139,16 @@ def _kept(name: str, loss: Loss) -> str:
 
 
 def _gains(one: Candidate, other: Candidate) -> str:
-    """Speed and weights of one beside another's."""
-    weights = (
-        f"its weights take {one.nbytes / 1e6:,.1f} MB, those of {other.name} "
-        f"{other.nbytes / 1e6:,.1f} MB"
-    )
-    return _listed([*_speed(one, other), weights])
+    """Speed and weights of one, and in brackets another's."""
+    found = [f"its weights take {one.nbytes / 1e6:,.1f} MB ({other.nbytes / 1e6:,.1f} MB)"]
+    if one.factor is not None and other.factor is not None:
+        found.insert(0, f"its real-time factor is {one.factor:.3f} ({other.factor:.3f})")
+    return _listed(found)
 
 
-def _speed(one: Candidate, other: Candidate) -> list[str]:
-    if one.factor is None or other.factor is None:
-        return []
-    return [f"its real-time factor is {one.factor:.3f}, that of {other.name} {other.factor:.3f}"]
+def _figures(one: Candidate) -> str:
+    speed = "" if one.factor is None else f"real-time factor {one.factor:.3f}, "
+    return f"{speed}weights {one.nbytes / 1e6:,.1f} MB"
 
 
 def _passed_over(
@@ -155,9 +156,9 @@ def _passed_over(
 ) -> str:
     """Why a format is not the one that is named."""
     if each in tied:
-        return f"{each.name} is about as fast, and {_gains(each, chosen)}"
+        return f"{each.name} is about as fast and not smaller ({_figures(each)})"
     if each in fit:
-        return f"{each.name} is slower, and {_gains(each, chosen)}"
+        return f"{each.name} is slower ({_figures(each)})"
     if not any(name in each.losses for name in WORDED):
         return f"{each.name} cannot be judged, as no words were measured"
     broken = {name: loss for name, loss in each.losses.items() if loss.verdict == "broken"}

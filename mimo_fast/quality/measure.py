@@ -83,6 +83,7 @@ class Study:
 def measure(study: Study, load: Load, device: torch.device) -> Record:
     """The report of a study, as JSON values; advice and reasons are among them."""
     study.folder.mkdir(parents=True, exist_ok=True)
+    at_start = environment(device)
     found: dict[str, Record] = {}
     files: dict[str, list[Path | None]] = {}
     peak = PeakMemory(device)
@@ -127,7 +128,7 @@ def measure(study: Study, load: Load, device: torch.device) -> Record:
     _judge(study, found, files, trips, voices, unmeasured)
     report: Record = {
         "kind": "quality",
-        "environment": environment(device),
+        "environment": at_start,
         "full": name,
         "seed": study.seed,
         "language": study.language,
