@@ -18,11 +18,13 @@ class Spectrum:
 
 @pytest.fixture
 def quick_judges(monkeypatch):
-    """A voice and a sound that are computed at once."""
-    from mimo_fast.quality import measure
+    """A voice and a sound that are computed at once, and one text timed once."""
+    from mimo_fast.quality import formats, measure
 
     def level(wav, rate):
         return dict.fromkeys(("ovrl", "sig", "bak", "p808"), 1 + float(wav.abs().max()))
 
+    monkeypatch.setattr(formats, "TIMED", 1)
+    monkeypatch.setattr(formats, "ROUNDS", 1)
     monkeypatch.setattr(measure, "Resemblyzer", Spectrum)
     monkeypatch.setattr(judged, "dnsmos", level)

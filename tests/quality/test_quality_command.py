@@ -163,6 +163,18 @@ def test_a_folder_with_something_in_it_is_refused(capsys, tmp_path):
     assert [*tmp_path.iterdir()] == [tmp_path / "old.txt"]
 
 
+def test_an_interrupted_report_is_none(capsys, tmp_path, monkeypatch):
+    def stop(study: measure.Study, *_: object) -> None:
+        (study.folder / "audio").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mimo_fast.cli.quality.measure", stop)
+    code, found = compared(tmp_path, "--text", "Hi.")
+    assert (code, found) == (130, None)
+    folder = tmp_path / "report"
+    assert capsys.readouterr().err.endswith(f"interrupted; {folder} is incomplete\n")
+
+
 def test_a_quantized_checkpoint_cannot_be_the_full_one(capsys, tmp_path):
     from mimo_fast.quantization import quantize_checkpoint
 
