@@ -104,8 +104,8 @@ def _profile_rows(e: Entry) -> Iterator[Entry]:
 
 
 def _quality_rows(e: Entry) -> Iterator[Entry]:
-    for name, heads in e["formats"].items():
-        for i, head in enumerate(heads):
+    for name, found in e["formats"].items():
+        for i, head in enumerate(found.get("heads", ())):
             yield Entry(e, format=name, head=f"codebook {i - 1}" if i else "text", **head)
 
 

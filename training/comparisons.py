@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mimo_fast.bench.machine import useful_threads
-from mimo_fast.bench.quality import compare, own_sequences, teacher_forced
 from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.quality.heads import compare, own_sequences, teacher_forced
 from mimo_fast.sampling import MiMoStopper
 from mimo_fast.text.tasks import TASKS
 

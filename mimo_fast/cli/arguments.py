@@ -59,6 +59,17 @@ def read_adapters(given: Sequence[str]) -> tuple[dict[str, Path], bool]:
     return found, False
 
 
+def points(text: str) -> float:
+    """Percentage points, more than 0 and at most 100."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"must be a number up to 100, above 0, not {text:.40}")
+    return value
+
+
 def positive(text: str) -> int:
     return _whole_number(text, 1)
 

@@ -20,6 +20,7 @@ from mimo_fast.checkpoint.embedded import PUBLISHED_BASE, PUBLISHED_CODEC, PUBLI
 from mimo_fast.cli.arguments import (
     check_arguments,
     path,
+    points,
     positive,
     seed,
     whole_checkpoints,
@@ -223,20 +224,13 @@ def build_parser() -> argparse.ArgumentParser:
     speed = command(
         "bench",
         "Measure this machine: speed, first audio, streams it can carry, memory.",
-        default="random weights; nano with --quality",
+        default="random weights",
     )
     _add_json(speed, "write it there as well, without what is yours: a file to share")
-    judge = speed.add_argument_group("quality", "what quantized weights cost, in place of speed")
-    judge.add_argument(
-        "--quality", action="store_true", help="compare formats with a model's own weights"
-    )
-    judge.add_argument(
-        "--format", action="append", choices=("int8", "int4", "nf4"), help="to compare [all]"
-    )
-    speech = "speech to compare on; repeatable"
-    judge.add_argument("--audio", type=path, action="append", metavar="WAV", help=speech)
-    said = "a text to be said; repeatable"
-    judge.add_argument("--text", action="append", metavar="TEXT", help=said)
+    speed.add_argument("--quality", action="store_true", help=argparse.SUPPRESS)
+
+    worth = "Compare weight formats on your recordings: words, voice, sound, speed; name one."
+    _add_quality_options(command("quality", worth))
 
     check = command("verify", "Check every stage against ground truth on this machine.", None)
     check.add_argument(
@@ -331,6 +325,31 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-examples", type=path, metavar="DIR/NAME", help=save)
     note = "with --save-examples: who allowed the use of these recordings, and for what"
     parser.add_argument("--consent", metavar="TEXT", help=note)
+    _add_generation_options(parser)
+
+
+def _add_quality_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(folder="target")
+    speech = "recordings to transcribe; WAV's words are in a .txt of its name, where there is one"
+    parser.add_argument("--audio", type=path, nargs="+", metavar="WAV", help=speech)
+    words = "words of the recordings: a line each of name, tab, words"
+    parser.add_argument("--text-of", type=path, metavar="FILE", help=words)
+    said = "texts to say [the words of the recordings]"
+    parser.add_argument("--text", nargs="+", metavar="TEXT", help=said)
+    place = "new or empty folder of the report"
+    parser.add_argument(
+        "-o", "--output", dest="target", type=path, required=True, metavar="DIR", help=place
+    )
+    chosen = "to compare with the checkpoint as it is; repeatable [int8 and int4]"
+    parser.add_argument("--format", action="append", choices=("int8", "int4", "nf4"), help=chosen)
+    ears = "package.module:name or https://host/v1#model, who hears the speech [the model itself]"
+    parser.add_argument("--recogniser", metavar="PLUGIN", help=ears)
+    spoken = "what is spoken [en]"
+    parser.add_argument(
+        "--language", dest="spoken", choices=("en", "zh"), default="en", help=spoken
+    )
+    allowed = "points of words that a format may lose [3]"
+    parser.add_argument("--margin", type=points, default=3.0, metavar="POINTS", help=allowed)
     _add_generation_options(parser)
 
 

@@ -238,7 +238,7 @@ def test_a_reply_shorter_than_the_look_ahead_says_nothing_of_silence(monkeypatch
     [
         (["--model", "somewhere"], 1, "no directory somewhere"),
         (["--model", "no/such/folder", "--codec", "neither", "--offline"], 1, "mimo-fast: error: "),
-        (["--text", "Hello."], 1, "--format, --audio and --text go with --quality"),
+        (["--quality"], 1, "mimo-fast quality --audio WAV... -o DIR"),
         (["--device", "abacus"], 1, "abacus"),
         (["--json", "no/such/folder/bench.json"], 2, "there is no folder no/such/folder"),
         (["--quantization", "int3"], 2, "invalid choice: 'int3'"),

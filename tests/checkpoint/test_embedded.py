@@ -172,7 +172,7 @@ COMMANDS = {
     "chat in text": ["chat", "--text", "hello"],
     "continue": ["continue", AUDIO, "-o", "a.wav"],
     "demo": ["demo"],
-    "bench --quality": ["bench", "--quality", "--text", "seven"],
+    "quality": ["quality", "--text", "seven", "-o", "report"],
 }
 
 

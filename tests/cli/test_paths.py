@@ -85,6 +85,7 @@ def test_outputs_that_cannot_be_written(capsys, tmp_path, unloaded, command, nam
         ["bench", "--json", "/dev/null"],
         ["init-checkpoint", "/proc/pair"],
         ["quantize", "nano", "old.wav/small"],
+        ["quality", "--text", "seven", "-o", "old.wav"],
     ],
 )
 def test_folders_and_tables_that_cannot_be_written(
@@ -111,7 +112,6 @@ def test_folders_and_tables_that_cannot_be_written(
         ["demo", "a.wav", "--json", "a.wav"],
         ["demo", "a.wav", "-o", ".", "--json", "said.wav"],
         ["demo", *PAIR, "--json", KIT / "checkpoint" / "lm" / "config.json"],
-        ["bench", "--quality", "--audio", "a.wav", "--json", "link.wav"],
         ["demo", "--json", QUESTION],
         ["demo", "--json", NANO / "lm" / "config.json"],
     ],
@@ -142,7 +142,7 @@ def test_an_output_that_is_an_input(capsys, tmp_path, monkeypatch, unloaded, arg
         ["continue", "PATH", "-o", "out.wav"],
         ["tts", "Hi.", "--natural", "-o", "out.wav", "--voice", "PATH"],
         ["demo", "PATH"],
-        ["bench", "--quality", "--audio", "PATH"],
+        ["quality", "--audio", "PATH", "-o", "report"],
     ],
 )
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The loss of quality by quantized weights, teacher-forced on the same ids as the original's.
+"""KL and agreement of every head, teacher-forced on the same ids as the checkpoint's.
 
 Sequences are the given recordings (their own codes are predicted), and the checkpoint's own replies
 to them and to the given texts. At each predicted position:
@@ -7,34 +7,22 @@ to them and to the given texts. At each predicted position:
                and before top-k and top-p
     agreement  how often both prefer the same token
 
-for the text head and each codebook, whose patch decoder is fed the true codes. The int8 codec is
-compared with the full one: SNR and mel distance (mean absolute difference of the log-mel) of the
-audio decoded from the recordings' codes, and the share of its own codes that are the same.
+for the text head and each codebook, whose patch decoder is fed the true codes.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mimo_fast.audio.files import load_audio
-from mimo_fast.audio.mel import log_mel
-from mimo_fast.audio.paths import write_whole
-from mimo_fast.bench.environment import environment
 from mimo_fast.mimo_audio import MimoAudio
-from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.lm.model import LM
 from mimo_fast.runtime.lm.teacher_forcing import code_logits
 
-FORMATS = ("int8", "int4", "nf4")
 REPLY_GROUPS = 48
 """Groups of each of the checkpoint's replies."""
 
@@ -70,62 +58,21 @@ class Head:
     predictions: int
 
 
-@dataclass(frozen=True)
-class CodecQuality:
-    """Quality of a quantized codec against the full one."""
-
-    snr_db: float
-    mel_distance: float
-    code_agreement: float
-
-
-def quality(args: argparse.Namespace, load: Callable[[Any], MimoAudio]) -> int:
-    """`mimo-fast bench --quality`: a table per format on stdout; load: quantization -> model."""
-    formats = tuple(dict.fromkeys(args.format or FORMATS))
-    wavs = [load_audio(path, 24000) for path in args.audio or ()]
-    model = load(None)
-    sequences = list(own_sequences(model, wavs, args.text or ()))
-    reference = [teacher_forced(model.lm, sequence) for sequence in sequences]
-    full = model.codec
-    channels = model.lm.config.channels
-    del model
-    results: dict[str, list[Head]] = {}
-    for name in formats:
-        gc.collect()
-        lm = load(name).lm
-        results[name] = compare(reference, [teacher_forced(lm, sequence) for sequence in sequences])
-        del lm
-    codec = None
-    if wavs:
-        codec = compare_codec(full, load({"codec": "int8"}).codec, wavs, channels)
-    for name, heads in results.items():
-        print_table(name, heads)
-    if codec is not None:
-        print(
-            f"codec in int8: SNR {codec.snr_db:.1f} dB, mel distance {codec.mel_distance:.4f}, "
-            f"{100 * codec.code_agreement:.2f}% of its codes the same"
-        )
-    if args.json:
-        record = {
-            "kind": "quality",
-            "model": str(args.model),
-            "codec": str(args.codec),
-            "environment": environment(full.device),
-            "recordings": len(wavs),
-            "texts": len(args.text or ()),
-            "formats": {name: [asdict(head) for head in heads] for name, heads in results.items()},
-            "codec_int8": None if codec is None else asdict(codec),
-        }
-        write_whole(args.json, (json.dumps(record, indent=1) + "\n").encode())
-    return 0
-
-
 def own_sequences(
     model: MimoAudio, wavs: Sequence[Tensor], texts: Sequence[str]
 ) -> Iterator[Lesson]:
-    """Sequences to predict: the recordings, and the model's replies with its task's samplers."""
-    count = 2 * len(wavs) + len(texts)
+    """Sequences to predict: the recordings, and the model's replies with its task's samplers.
+
+    A model that does less than MiMo-Audio replies with transcripts of the recordings alone.
+    """
+    less = bool(model.lm.config.architecture.tasks)
+    count = len(wavs) if less else 2 * len(wavs) + len(texts)
     with tqdm(total=count, desc="replies", delay=1, leave=False, disable=None) as bar:
+        for wav in wavs if less else ():
+            yield _reply(model, "asr", model.get_asr_sft_prompt(wav, template=0))
+            bar.update(1)
+        if less:
+            return
         for wav in wavs:
             yield Lesson(model.get_speech_continuation_prompt(wav).cpu(), 2)
             bar.update(1)
@@ -191,33 +138,3 @@ def head_quality(reference: Tensor, quantized: Tensor) -> Head:
     differences = torch.where(weights > 0, reference.double() - quantized.double(), 0.0)
     agreement = (reference.argmax(-1) == quantized.argmax(-1)).double().mean()
     return Head(float((weights * differences).sum(-1).mean()), float(agreement), len(reference))
-
-
-def compare_codec(
-    full: Codec, quantized: Codec, wavs: Sequence[Tensor], channels: int
-) -> CodecQuality:
-    """Compares the codecs over all recordings together."""
-    signal = noise = distance = frames = same = codes_ = 0.0
-    for wav in wavs:
-        codes = full.encode(wav, channels)
-        want, got = full.decode(codes).cpu(), quantized.decode(codes).cpu()
-        signal += float(want.double().square().sum())
-        noise += float((got.double() - want.double()).square().sum())
-        difference = (log_mel(got, full.config) - log_mel(want, full.config)).abs()
-        distance, frames = distance + float(difference.sum()), frames + difference.numel()
-        own = quantized.encode(wav, channels)
-        same, codes_ = same + float((own == codes).sum()), codes_ + codes.numel()
-    snr = (
-        10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float32, device="cpu")).item()
-        if noise
-        else float("inf")
-    )
-    return CodecQuality(snr, distance / frames, same / codes_)
-
-
-def print_table(name: str, heads: Sequence[Head]) -> None:
-    print(f"{name:<12}{'KL (nats)':>12}{'top-1 agreement':>18}{'predictions':>13}")
-    for i, head in enumerate(heads):
-        title = "text" if i == 0 else f"codebook {i - 1}"
-        print(f"{title:<12}{head.kl:>12.5f}{100 * head.agreement:>17.2f}%{head.predictions:>13}")
-    print(flush=True)
