@@ -14,7 +14,7 @@ from torch import Tensor
 from mimo_fast.arguments import checked
 from mimo_fast.audio.files import AudioSource
 from mimo_fast.audio.paths import name_of
-from mimo_fast.audio.writing import check_output, save_wav
+from mimo_fast.audio.writing import check_output
 from mimo_fast.errors import AudioError
 from mimo_fast.mimo_audio import MimoAudio
 
@@ -79,5 +79,5 @@ def convert(
         if not len(wav):
             problem = f"nothing was said, so {name_of(output)} was not written"
             raise AudioError(f"{problem}: try another seed (the reply's text: {text!r:.120})")
-        save_wav(output, wav, chunk.sample_rate)
+        model.save_wav(output, wav)
     return Conversion(text, wav, chunk.sample_rate, chunk.finish_reason)

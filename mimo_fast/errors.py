@@ -64,3 +64,7 @@ class NumericError(MimoFastError):
 
 class EvaluationError(MimoFastError):
     """An evaluation set, a plug-in that measures answers, or a record of answers cannot be used."""
+
+
+class MarkingError(MimoFastError):
+    """A mark or signed provenance cannot be made, or not be read."""

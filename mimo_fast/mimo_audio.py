@@ -36,6 +36,7 @@ from mimo_fast.errors import AudioError, NumericError, PromptError
 from mimo_fast.generation import check_ids, flatten_ids, unflatten_history
 from mimo_fast.history import History
 from mimo_fast.json_files import shown
+from mimo_fast.marking.marks import Marks
 from mimo_fast.runtime.codec.finite import checked_samples
 from mimo_fast.runtime.codec.model import Codec
 from mimo_fast.runtime.codec.voice import Voice
@@ -158,6 +159,8 @@ class MimoAudio:
     `get_*_prompt` returns the ids [C + 1, T G] of the prompt, int64, or int32 without speech.
 
     Attributes:
+        marks: What files that this model writes tell of it, None for nothing: a watermark, signed
+            provenance, see `mimo_fast.marking.marks.Marks`.
         generate_kwargs: Upstream's options of `forward`, of which "max_length" counts: the groups
             of a prompt and its reply.
 
@@ -186,6 +189,7 @@ class MimoAudio:
         self.pipeline = Pipeline(lm, audio_codec, CallableTokenizer.of(tokenizer), setup, prepares)
         self.setup, self._history = self.pipeline.setup, History()
         self._views = dict[type, Any]()
+        self.marks: Marks | None = None
         place = self.lm.device
         self.device = DeviceName(place.type if device is None else str(device), place)
         config, special = self.lm.config, self.tokenizer.special
@@ -320,8 +324,9 @@ class MimoAudio:
         return self.task_sampler_configs.get(task_name or "", default)
 
     def save_wav(self, path: str | os.PathLike[str] | BinaryIO, wav: Tensor) -> None:
-        """Writes a waveform of any shape as a mono file, see `mimo_fast.save_wav`."""
-        save_wav(path, as_samples(wav).reshape(-1), self.codec.sample_rate)
+        """Writes a waveform of any shape as a mono file with `marks`, see `mimo_fast.save_wav`."""
+        write = save_wav if self.marks is None else self.marks.write
+        write(path, as_samples(wav).reshape(-1), self.codec.sample_rate)
 
     def wav2mel(self, wav: Tensor) -> Tensor:
         """Waveform [n] at the codec's rate -> natural log-mel [n_mels, 1 + n // hop]."""

@@ -4,8 +4,9 @@ import io
 import os
 import struct
 import wave
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from mimo_fast.arguments import checked
 from mimo_fast.audio.files import as_samples
 from mimo_fast.audio.paths import (
+    FORMATS,
     audio_format,
     check_target,
     name_of,
@@ -33,6 +35,10 @@ UNKNOWN_LENGTH = 2**32 - 1
 
 MOST_SAMPLES = 2**31 - 64
 """What a WAV's 32 bits of length can count, two bytes a sample: 24 hours at 24 kHz."""
+
+
+Seal = Callable[[bytes, str], bytes]
+"""An encoded file and libsndfile's name of its format -> the file as it is written."""
 
 
 def check_output(target: Any) -> None:
@@ -63,6 +69,16 @@ def save_wav(target: str | os.PathLike[str] | BinaryIO, wav: Tensor, sample_rate
         AudioError: `wav` is not [n] finite floats, `target` cannot be written, or its suffix is
             unknown.
     """
+    write_sealed(target, wav, sample_rate)
+
+
+def write_sealed(
+    target: str | os.PathLike[str] | BinaryIO,
+    wav: Tensor,
+    sample_rate: int,
+    seal: Seal | None = None,
+) -> None:
+    """`save_wav` of an encoded file to which `seal` adds what belongs to it."""
     sample_rate = check_rate(sample_rate)
     check_output(target)
     wav = as_samples(wav)
@@ -74,11 +90,16 @@ def save_wav(target: str | os.PathLike[str] | BinaryIO, wav: Tensor, sample_rate
     if not wav.isfinite().all():
         problem = "the waveform holds NaN or infinite samples"
         raise AudioError(f"{problem}, which an audio file cannot hold")
-    if isinstance(target, str | os.PathLike):
-        write_whole(target, _encoded(wav, sample_rate, audio_format(target), name_of(target)))
+    path = target if isinstance(target, str | os.PathLike) else None
+    form = FORMATS[".wav"] if path is None else audio_format(path)
+    data = _encoded(wav, sample_rate, form, name_of(target))
+    if seal is not None:
+        data = seal(data, form[0])
+    if path is not None:
+        write_whole(path, data)
         return
     try:
-        target.write(_wav_file(wav, sample_rate))
+        cast(BinaryIO, target).write(data)
     except (OSError, ValueError, TypeError) as error:  # TypeError: it takes text
         raise AudioError(f"cannot write {name_of(target)}: {reason_of(error)}") from error
 
@@ -98,7 +119,7 @@ def pcm16(samples: Tensor) -> bytes:
 
 def _encoded(wav: Tensor, sample_rate: int, form: tuple[str, str], name: str) -> bytes:
     if form[0] == "WAV":
-        return _wav_file(wav, sample_rate)
+        return wav_file(wav, sample_rate)
     library, samples = soundfile_library(), wav.clamp(-1, 1).float().cpu().numpy()
     try:
         # Ctrl-C inside soundfile's callbacks would be swallowed; threads get no signals.
@@ -120,7 +141,8 @@ def _compressed(
     return encoded.getvalue()
 
 
-def _wav_file(wav: Tensor, sample_rate: int) -> bytes:
+def wav_file(wav: Tensor, sample_rate: int) -> bytes:
+    """float samples [n] as a 16-bit WAV."""
     encoded = io.BytesIO()
     with wave.open(encoded, "wb") as file:
         file.setparams((1, 2, sample_rate, len(wav), "NONE", ""))

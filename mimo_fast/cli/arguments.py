@@ -4,9 +4,9 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mimo_fast.audio.paths import (
     FORMATS,
@@ -22,6 +22,12 @@ from mimo_fast.text.transcript import SUFFIXES
 
 STANDARD = Path("-")
 """Stands for standard input or output."""
+
+SIGNED = (".wav", ".flac", ".mp3")
+"""Suffixes of files that hold signed provenance."""
+
+SEVERAL = ("asr", "convert", "detect")
+"""Commands that go on without recordings that cannot be read."""
 
 DEMO_FILES = ("said.wav", "recording_decoded.wav", "reply.wav")
 
@@ -99,7 +105,8 @@ def numbered(output: Path, turns: int) -> list[Path]:
 def check_arguments(args: argparse.Namespace) -> None:
     """Checks texts and files, and completes what depends on several arguments.
 
-    `asr` and `convert` go on without recordings that cannot be read: they become `args.problems`.
+    `asr`, `convert` and `detect` go on without recordings that cannot be read: they become
+    `args.problems`.
 
     Raises:
         AudioError: an input cannot be read.
@@ -143,12 +150,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         if args.play and args.lines:
             args.parser.error("--play does not go with --lines")
         _check_heard(args)
+    _check_marks(args)
     examples = [file for pair in getattr(args, "pairs", ()) for file in pair[:2]]
     _check_overlap(args, [*inputs, *examples], _check_outputs(args))
     if [*map(str, inputs), getattr(args, "text", "")].count("-") > 1:
         args.parser.error("standard input can be given once")
     args.problems = _unreadable(inputs)
-    if args.problems and (args.module not in ("asr", "convert") or len(inputs) == 1):
+    if args.problems and (args.module not in SEVERAL or len(inputs) == 1):
         raise next(iter(args.problems.values()))
 
 
@@ -325,6 +333,22 @@ def _check_heard(args: argparse.Namespace) -> None:
         args.parser.error("--play does not go with -o -")
     if args.device_out and not args.play:
         args.parser.error("--device-out goes with --play")
+
+
+def _check_marks(args: argparse.Namespace) -> None:
+    """What cannot be marked or signed."""
+    error: Callable[[str], NoReturn] = args.parser.error
+    output: Path | None = getattr(args, "output", None)
+    marked, signed = getattr(args, "mark", False), getattr(args, "sign", None)
+    if (marked or signed) and getattr(args, "text", None) is True:
+        error("--mark and --sign are for speech: leave them out with --text")
+    if not signed:
+        return
+    if output is None or output == STANDARD:
+        error("--sign goes with -o FILE: speech that is heard as it is made has no provenance")
+    files = not (getattr(args, "lines", None) or getattr(args, "targets", None))
+    if files and args.module != "demo" and output.suffix.lower() not in SIGNED:
+        error(f"--sign needs a file that holds provenance: {', '.join(SIGNED)}, not {output.name}")
 
 
 def _check_transcripts(args: argparse.Namespace) -> None:

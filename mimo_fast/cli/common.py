@@ -19,6 +19,7 @@ from mimo_fast.audio.writing import pcm16, save_wav, wav_header
 from mimo_fast.bench.machine import useful_threads
 from mimo_fast.checkpoint.embedded import CARD, NANO, PUBLISHED_CODEC, resolve_pair
 from mimo_fast.cli.arguments import STANDARD, read_adapters
+from mimo_fast.cli.marking import marked, marks_of
 from mimo_fast.cli.playing import Aloud
 from mimo_fast.cli.process import StandardStream, written
 from mimo_fast.cli.reports import say
@@ -109,11 +110,13 @@ def load_model(
         say(f"loading {lm} and {codec}")
     options, chosen = load_options(args, max_batch), quantization or args.quantization
     # Before its weights are read.
+    marks = marks_of(args)
     config = open_lm(find(lm, options))[0]
     check_asked(config, args)
     if check is not None:
         check(config)
     model = MimoAudio(lm, codec, device, dtype=args.dtype, quantization=chosen, **options)
+    model.marks = marks
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(useful_threads(model.lm.config))
     for name, folder in (options["adapters"] or {}).items():
@@ -222,6 +225,8 @@ def write_speech(
 ) -> None:
     """Writes a reply after `before` [n], then prints its words, and its speed on stderr.
 
+    The model's marks are in the reply alone: what came before is somebody's.
+
     A file is written whole, first of all, so that no failure of standard output costs it. A
     progress bar shows seconds spoken.
 
@@ -233,7 +238,7 @@ def write_speech(
     if live and before is not None:
         live.write(before, rate)
     with tqdm(desc="speaking", unit="s", unit_scale=True, disable=None, leave=False) as bar:
-        for chunk in chunks:
+        for chunk in marked(model, chunks):
             if live:
                 live.write(chunk.audio, rate)
             if aloud:
@@ -250,7 +255,7 @@ def write_speech(
         lost = f"; {where} was not written" if isinstance(output, Path) else ""
         raise MimoFastError(f"the model said nothing in {timing.groups} groups{lost}")
     if isinstance(output, Path):
-        save_speech(output, torch.cat(audio), rate)
+        save_speech(model, output, torch.cat(audio))
     if words and live:
         say(words)
     elif words:
@@ -268,9 +273,10 @@ def write_speech(
         aloud.finish()
 
 
-def save_speech(path: Path, wav: Tensor, sample_rate: int) -> None:
-    """Writes a file and remembers that it was written."""
-    save_wav(path, wav, sample_rate)
+def save_speech(model: MimoAudio, path: Path, wav: Tensor) -> None:
+    """Writes samples [n] that carry their marks already; remembers that the file was written."""
+    write = save_wav if model.marks is None else model.marks.seal
+    write(path, wav, model.codec.sample_rate)
     written.append(name_of(path))
 
 

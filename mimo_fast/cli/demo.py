@@ -20,7 +20,6 @@ from mimo_fast.cli.common import (
     adapter_of,
     load_model,
     load_recording,
-    save_speech,
     warn_if_cut,
     warn_if_unsure,
     warn_of_words,
@@ -49,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     # An untrained model may say nothing.
     saved = [args.output / name for name, samples in sounds.items() if len(samples)]
     for path in saved:
-        save_speech(path, sounds[path.name], model.codec.sample_rate)
+        model.save_wav(path, sounds[path.name])
+        written.append(name_of(path))
     if args.json:
         table.write(args.json, [*describe_machine()], texts)
     print(f"\nthe recording: {recording}")

@@ -156,6 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     tts.add_argument("--whole", action="store_true", help=whole)
     _add_voice(tts, "whose voice to use; needs --instruct or --natural")
     _add_prepare(tts, note=" of --voice")
+    _add_marks(tts)
     _add_generation_options(tts)
 
     asr = command("asr", "Transcribe recordings.")
@@ -193,6 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_voice(chat, "whose voice the replies should have")
     _add_prepare(chat, note=" of recordings")
     chat.add_argument("--text", action="store_true", help="turns are texts and so are the replies")
+    _add_marks(chat)
     _add_thinking(chat, "with --text: let the model think before it answers")
     _add_generation_options(chat)
 
@@ -210,6 +212,7 @@ def build_parser() -> argparse.ArgumentParser:
     join = "write the recording and its continuation as one file"
     more.add_argument("--join", action="store_true", help=join)
     _add_prepare(more, default=False, note=", also of what --join writes")
+    _add_marks(more, ", what --join writes before it is not")
     _add_generation_options(more)
 
     show = command("demo", "Say a text, transcribe a recording and answer it; time every stage.")
@@ -218,6 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_prepare(show, note=" of AUDIO")
     show.add_argument("--text", default=SENTENCE, help=f"what to say [{SENTENCE}]")
     show.add_argument("-o", "--output", type=path, default=Path("demo_output"), metavar="DIR")
+    _add_marks(show)
     _add_json(show)
     _add_generation_options(show)
 
@@ -275,6 +279,12 @@ def build_parser() -> argparse.ArgumentParser:
     join = "Merge a fine-tune's PEFT adapter into a language model's checkpoint."
     _add_merge_options(command("merge", join, None))
 
+    heard = "Tell whether recordings are marked as a model's, and what their provenance states."
+    seek = command("detect", heard, None)
+    seek.add_argument("audio", type=path, nargs="+", metavar="FILE", help="recordings")
+    lines = "a JSON object a line instead"
+    seek.add_argument("--json", action="store_true", dest="as_json", help=lines)
+
     measure = "Measure on speech what streams with an elastic look-ahead begin with."
     known = command("calibrate", measure, None)
     known.add_argument("codec", metavar="CODEC", help="directory or hub id of the audio tokenizer")
@@ -325,6 +335,7 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-examples", type=path, metavar="DIR/NAME", help=save)
     note = "with --save-examples: who allowed the use of these recordings, and for what"
     parser.add_argument("--consent", metavar="TEXT", help=note)
+    _add_marks(parser)
     _add_generation_options(parser)
 
 
@@ -495,6 +506,13 @@ def _add_prepare(parser: argparse.ArgumentParser, default: bool = True, note: st
 
 def _add_thinking(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--thinking", action="store_true", help=help)
+
+
+def _add_marks(parser: argparse.ArgumentParser, note: str = "") -> None:
+    heard = "put a watermark into what is said, which detect finds and some people hear"
+    parser.add_argument("--mark", action="store_true", help=f"{heard}{note}")
+    pem = "sign files with your certificate (C2PA): made by a model, by which, with whose consent"
+    parser.add_argument("--sign", nargs=2, type=path, metavar=("CERT", "KEY"), help=pem)
 
 
 def _add_json(parser: argparse.ArgumentParser, help: str = "write the table there as well") -> None:

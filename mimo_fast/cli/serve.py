@@ -9,11 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from mimo_fast.checkpoint.embedded import NAME, NANO, resolve_pair
 from mimo_fast.cli.common import adapter_of, adapters_of, load_model
+from mimo_fast.cli.marking import short_name
 from mimo_fast.cli.reports import say
 from mimo_fast.cli.server_options import settings_of
 from mimo_fast.errors import ConfigError, MimoFastError
@@ -35,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
         settings = settings_of(args)
     except ConfigError as error:
         args.parser.error(str(error))
+    # As the model's marks are, wherever it is loaded.
+    args.mark = settings.mark
     try:
         # Starlette asks for it when the first form comes.
         import python_multipart  # noqa: F401
@@ -153,8 +154,7 @@ def _name(args: argparse.Namespace) -> str:
     """What clients call the model: the last part of its folder or hub id."""
     if args.served_name:
         return str(args.served_name)
-    lm = Path(resolve_pair(args.model, args.codec, args.published)[0])
-    return NAME if lm.parent == NANO else lm.name
+    return short_name(args)
 
 
 def _with_certificate(settings: Settings) -> Settings:

@@ -20,7 +20,7 @@ from mimo_fast.server.settings import (
 GROUPS = {
     "address": ("host", "port", "ssl_certfile", "ssl_keyfile", "self_signed", "ice_servers"),
     "access": ("api_key", "allowed_origins", "allowed_hosts"),
-    "voices": ("voices", "allow_voice_upload", "examples"),
+    "voices": ("voices", "allow_voice_upload", "examples", "mark"),
     "Home Assistant": ("wyoming", "wyoming_clients"),
     "limits": (
         *("max_sessions", "max_requests", "queue_seconds", "max_connections", "max_rate"),

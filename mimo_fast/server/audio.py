@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mimo_fast.audio.files import MAX_CHANNELS, MOST_BYTES, DecodeLimits, mixed_blocks
 from mimo_fast.errors import AudioError
+from mimo_fast.marking.watermark import MarkStream
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
@@ -102,10 +103,13 @@ class Encoder:
     Args:
         name: a key of `FORMS`.
         speed: how fast it is played; the pitch stays.
+        mark: whether what is played carries a watermark, which delays it by 0.2 s.
     """
 
-    def __init__(self, name: str, rate: int, speed: float = 1.0) -> None:
+    def __init__(self, name: str, rate: int, speed: float = 1.0, mark: bool = False) -> None:
         self.form, self._rate = FORMS[name], rate
+        # Behind the change of speed, which no mark survives.
+        self._mark = MarkStream(rate) if mark else None
         self._tempo = None if speed == 1.0 else _Tempo(rate, speed)
         self._sink, self._box = _Sink(), None
         self._file: BinaryIO | None = None
@@ -129,20 +133,22 @@ class Encoder:
     @property
     def light(self) -> bool:
         """Whether a push is not worth another thread."""
-        return self.form.codec == "pcm_s16le" and self._tempo is None
+        return self.form.codec == "pcm_s16le" and self._tempo is None and self._mark is None
 
     def push(self, audio: Tensor) -> bytes:
         """More samples [n] -> what is final."""
         samples = audio.numpy()
         for part in [samples] if self._tempo is None else self._tempo.push(samples):
-            self._write(part)
+            self._write(part if self._mark is None else self._marked(part))
         return self._sink.take()
 
     def finish(self) -> Iterator[bytes]:
         """The rest, in parts."""
         if self._tempo is not None:
             for part in self._tempo.finish():
-                self._write(part)
+                self._write(part if self._mark is None else self._marked(part))
+        if self._mark is not None:
+            self._write(self._mark.finish().numpy())
         if self._box is not None:
             self._box.mux(self._stream.encode(None))
             self._box.close()
@@ -158,6 +164,10 @@ class Encoder:
         """Lets go of what an encoder that did not finish holds."""
         if self._file is not None:
             self._file.close()
+
+    def _marked(self, samples: np.ndarray) -> np.ndarray:
+        assert self._mark is not None
+        return self._mark.push(torch.from_numpy(np.ascontiguousarray(samples, np.float32))).numpy()
 
     def _write(self, samples: np.ndarray) -> None:
         if not len(samples):
@@ -464,10 +474,15 @@ class AudioThreads:
                 yield part
 
     async def encode(
-        self, audio: AsyncIterator[Tensor], form: str, rate: int, speed: float = 1.0
+        self,
+        audio: AsyncIterator[Tensor],
+        form: str,
+        rate: int,
+        speed: float = 1.0,
+        mark: bool = False,
     ) -> AsyncGenerator[bytes, None]:
         """Samples as they are made -> bytes of a form, see `Encoder`; none are empty."""
-        encoder = Encoder(form, rate, speed)
+        encoder = Encoder(form, rate, speed, mark)
         try:
             async for samples in audio:
                 if data := await self.push(encoder, samples):

@@ -326,7 +326,10 @@ class _Answer:
     async def _deltas(self, choice: _Choice) -> AsyncGenerator[Json, None]:
         """The parts of one answer: text, or words and bytes of audio."""
         threads, form = self._service.threads, self._wanted.form
-        encoder = None if form is None else Encoder(FORMS[form], self._service.sample_rate)
+        service = self._service
+        encoder = (
+            None if form is None else Encoder(FORMS[form], service.sample_rate, mark=service.marked)
+        )
         self._stream = stream = reply(self._service, choice.ask)
         try:
             async for piece in stream:

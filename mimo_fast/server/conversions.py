@@ -122,7 +122,7 @@ async def _encoded(
                 said.news.append(chunk.text)
             yield chunk.audio
 
-    parts = service.threads.encode(samples(), form, service.sample_rate)
+    parts = service.threads.encode(samples(), form, service.sample_rate, mark=service.marked)
     try:
         async for part in parts:
             yield part

@@ -122,6 +122,12 @@ class Service:
         return twin
 
     @property
+    def marked(self) -> bool:
+        """Whether what is said carries a watermark."""
+        marks = self.model.marks
+        return marks is not None and marks.watermark
+
+    @property
     def sample_rate(self) -> int:
         return self.model.codec.sample_rate
 

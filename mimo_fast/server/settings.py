@@ -94,6 +94,10 @@ class Settings:
         default=None,
         metadata=_about("folder of sets of examples by which conversions may be asked for"),
     )
+    mark: bool = field(
+        default=False,
+        metadata=_about("put a watermark into what is said, which some people hear; 0.2 s later"),
+    )
     allowed_origins: tuple[str, ...] = field(
         default=(),
         metadata=_about("other web pages that may use this server, such as https://app.example"),

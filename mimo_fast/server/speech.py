@@ -146,7 +146,8 @@ async def _encoded(
     joiner: Joiner | None = None,
 ) -> AsyncGenerator[bytes, None]:
     samples = _samples(stream, said, joiner)
-    parts = service.threads.encode(samples, manner.form, service.sample_rate, manner.speed)
+    how = manner.form, service.sample_rate, manner.speed, service.marked
+    parts = service.threads.encode(samples, *how)
     try:
         async for part in parts:
             yield part

@@ -61,6 +61,7 @@ VALUES = {
     "max_load": ("0.9", 0.9),
     "max_parked_bytes": ("64M", 64 << 20),
     "allow_voice_upload": ("1", True),
+    "mark": ("1", True),
     "allowed_origins": (
         "https://a.example, https://b.example",
         ("https://a.example", "https://b.example"),

@@ -140,6 +140,12 @@ class Mind:
         self._turns: list[Reply] = []  # of the session, the oldest of which it may have dropped
 
     @property
+    def marked(self) -> bool:
+        """Whether what is said carries a watermark."""
+        marks = self._model.marks
+        return marks is not None and marks.watermark
+
+    @property
     def sample_rate(self) -> int:
         return self._model.codec.sample_rate
 

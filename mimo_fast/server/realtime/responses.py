@@ -147,7 +147,8 @@ def ask_about(items: Sequence[Item], manner: Manner) -> Ask:
 
 def sounds(mind: Mind, ask: Ask, format: Format) -> Iterator[Sound]:
     """A reply as bytes of a format; runs in the compute thread."""
-    encoder, rate = Encoder(format, mind.sample_rate), mind.sample_rate
+    rate = mind.sample_rate
+    encoder = Encoder(format, rate, mind.marked)
     first = True
     with closing(mind.answer(ask)) as answer:
         for piece in answer:

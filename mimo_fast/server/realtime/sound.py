@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.audio.resample import resample
+from mimo_fast.marking.watermark import MarkStream
 
 MARGIN = 0.001
 """Seconds on either side of a part that resampling may see, more than its filter reaches."""
@@ -98,12 +99,20 @@ class Decoder:
 
 
 class Encoder:
-    """Samples float32 [n] at `rate` -> bytes of a format, whole samples in each part."""
+    """Samples float32 [n] at `rate` -> bytes of a format, whole samples in each part.
 
-    def __init__(self, format: Format, rate: int) -> None:
+    mark: whether they carry a watermark, which delays them by 0.2 s.
+    """
+
+    def __init__(self, format: Format, rate: int, mark: bool = False) -> None:
         self._format, self._resampler = format, Resampler(rate, format.rate)
+        self._mark = MarkStream(rate) if mark else None
 
     def push(self, wav: Tensor, ended: bool = False) -> bytes:
+        if self._mark is not None:
+            wav = self._mark.push(wav)
+            if ended:
+                wav = torch.cat([wav, self._mark.finish()])
         wav = self._resampler.push(wav, ended)
         samples = (wav * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
         if self._format.width == 2:
