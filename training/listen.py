@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mimo_fast.audio.files import load_audio
 from mimo_fast.audio.resample import resample
-
 from mimo_fast.errors import MimoFastError
 
 from .domain import GRAMMAR
+from .synthesis import RATE
 
 LISTENING_RATE = 16_000
 PEAK, HISS = 0.5, 1e-3
@@ -56,17 +56,16 @@ def channel() -> str:
 
 
 class Listener:
-    """The recogniser as a plug-in of `mimo-fast eval`, in the order in which it is asked.
+    """The recogniser as a plug-in of `mimo-fast eval`.
 
-    A process of its own has heard nothing before, and hears each recording on its own: what it has
-    learned of the channel is set back, so that an interrupted evaluation goes on with what it would
-    have heard.
+    It hears each recording as if it were its first, so that an evaluation that was interrupted goes
+    on with what it would have heard.
     """
 
     def __call__(self, audio: Path, language: str) -> str:
         if language != "en":
             raise MimoFastError(f"this recogniser knows English alone, not {language!r:.20}")
-        return recognise(load_audio(audio, LISTENING_RATE), LISTENING_RATE, UNHEARD)
+        return recognise(load_audio(audio, RATE), RATE, UNHEARD)
 
 
 def word_errors(got: str, want: str) -> int:

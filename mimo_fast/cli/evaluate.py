@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     asked = asked_of(args, adapter_of(model, args))
     tools, folder = with_model(tools, model), args.target
     evaluation = evaluate(model, asked, items, tools, folder, overwrite=args.overwrite)
-    report = report_of(evaluation, tools.names, model.lm.device)
+    report = report_of(evaluation, tools.names, model.lm.device, args.limit)
     for path in write_report(folder, report):
         written.append(str(path))
     print(table_of(report))

@@ -26,10 +26,13 @@ from typing import Any
 import torch
 
 from mimo_fast.evaluation.items import Item
-from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.mimo_audio import STREAM_OPTIONS, MimoAudio
 from mimo_fast.runtime.codec.finite import checked_samples
 from mimo_fast.runtime.engine.policy import Priority
+from mimo_fast.runtime.engine.reply import Reply
+from mimo_fast.runtime.engine.request import FinishReason
 from mimo_fast.runtime.engine.stream import Chunk, Timing
+from mimo_fast.runtime.engine.voicing import ReplyReader
 from mimo_fast.sampling import MiMoSampler
 from mimo_fast.text.prompt import Segments
 from mimo_fast.text.tasks import Task, find_task
@@ -75,36 +78,30 @@ class AsEvaluated(MimoAudio):
 
     def stream(self, task: str, *arguments: Any, **options: Any) -> Any:
         """`MimoAudio.stream`, without a history; a spoken reply has its audio in the last chunk."""
-        spec = find_task(task)
-        if not spec.speaks:
-            return super().stream(task, *arguments, **options)
-        return self._spoken(spec, arguments, options)
-
-    def _spoken(
-        self, task: Task, arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Iterator[Chunk]:
-        began, pipeline = perf_counter(), self.pipeline
-        seed, adapter = options.pop("seed", None), options.pop("adapter", None)
-        rank = Priority.of(options.pop("priority", "listener"))
-        longest, least = options.pop("max_new_tokens", None), options.pop("min_new_tokens", 0)
-        context = pipeline.context(seed, gathers=rank is Priority.BATCH)
-        segments = _with_system_turn(task, task.prompt(context, *arguments, **options))
-        prompt = pipeline.packed(segments, task.sampler)
-        sequence = pipeline.sequence(seed, adapter)
-        pipeline.engine.check_room(prompt.ids.shape[1] // self.group_size)
+        spec, seed = find_task(task), options.pop("seed", None)
+        how = {name: options.pop(name) for name in STREAM_OPTIONS & options.keys()}
+        # As upstream, wordings and texts may hold special tokens.
+        gathers = (rank := Priority.of(how.get("priority", "listener"))) is Priority.BATCH
+        context = self.pipeline.context(seed, special_tokens=True, gathers=gathers)
+        segments = _with_system_turn(spec, spec.prompt(context, *arguments, **options))
+        prompt = self.pipeline.packed(segments, spec.sampler)
+        self.engine.check_room(prompt.ids.shape[1] // self.group_size)
+        sequence = self.pipeline.sequence(seed, how.get("adapter"))
         sequence.add(prompt)
-        stops = task.stop_ids(self.tokenizer.special)
-        limits = self._samplers(task.sampler), stops, longest, least
-        reader = pipeline.reader(prompt.ids, speaks=True)
-        nothing, rate = torch.zeros(0), self.codec.sample_rate
+        limits = how.get("max_new_tokens"), how.get("min_new_tokens", 0)
+        ends = self._samplers(spec.sampler), spec.stop_ids(self.tokenizer.special)
+        reply = self.pipeline.start(sequence, *ends, *limits, priority=rank)
+        return self._chunks(reply, self.pipeline.reader(prompt.ids, spec.speaks), spec.speaks)
+
+    def _chunks(self, reply: Reply, reader: ReplyReader, speaks: bool) -> Iterator[Chunk]:
+        began, rate, nothing = perf_counter(), self.codec.sample_rate, torch.zeros(0)
         patches, groups = list[torch.Tensor](), 0
 
-        def chunk(audio: torch.Tensor, text: str, reason: Any = None) -> Chunk:
-            took = perf_counter() - began
-            timing = Timing(took, 0.0, None, groups, len(audio) / rate)
+        def chunk(audio: torch.Tensor, text: str, reason: FinishReason | None = None) -> Chunk:
+            timing = Timing(perf_counter() - began, 0.0, None, groups, len(audio) / rate)
             return Chunk(audio, rate, text, timing, reason)
 
-        with closing(pipeline.start(sequence, *limits, priority=rank)) as reply:
+        with closing(reply):
             for group in reply:
                 groups += 1
                 if not group.finished:
@@ -114,7 +111,7 @@ class AsEvaluated(MimoAudio):
             text, spoken = reader.finish()
             patches += spoken
             audio = nothing
-            if patches:
+            if patches and speaks:
                 codes = torch.cat(patches, dim=1)
                 audio = checked_samples(self.codec, self.codec.decode(codes).cpu(), codes)
             yield chunk(audio, text, reply.finish_reason)
@@ -122,6 +119,7 @@ class AsEvaluated(MimoAudio):
 
 def _with_system_turn(task: Task, segments: Segments) -> Segments:
     """Segments of a spoken dialogue with the system turn that MiMo-Audio-Eval never leaves out."""
-    if task.sampler != "spoken_dialogue" or segments[0] == "<|im_start|>system\n":
+    spoken = task.speaks and task.sampler == "spoken_dialogue"
+    if not spoken or segments[0] == "<|im_start|>system\n":
         return segments
     return ["<|im_start|>system\n", "<|im_end|>\n", *segments]

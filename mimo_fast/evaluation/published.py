@@ -1,10 +1,10 @@
 """Published scores of MiMo-Audio-7B-Instruct in sets of words, by set; figures are `rates.py`'s.
 
 Source: MiMo-Audio Technical Report (MiMo-Audio-Technical-Report.pdf of XiaomiMiMo/MiMo-Audio), its
-table 9 in section 4.3. It calls all of them WER. By MiMo-Audio-Eval's code they are means of utterances; of
-AISHELL-1 and Chinese texts, of characters; of spoken texts, as Whisper large-v3 and Paraformer hear
-them. README.md of the repository has no figures. Not published: LibriSpeech test-other, words of
-InstructTTSEval, likeness of voices in Seed-TTS-Eval.
+table 9 in section 4.3. It calls all of them WER. By MiMo-Audio-Eval's code they are means of
+utterances; of AISHELL-1 and Chinese texts, of characters; of spoken texts, as Whisper large-v3 and
+Paraformer hear them. README.md of the repository has no figures. Not published: LibriSpeech
+test-other, words of InstructTTSEval, likeness of voices in Seed-TTS-Eval.
 """
 
 from __future__ import annotations

@@ -27,10 +27,14 @@ Row = tuple[str, str, str, str]
 HEAD: Row = ("figure", "here", "of", "published")
 
 
-def report_of(evaluation: Evaluation, tools: Mapping[str, str], device: Any) -> dict[str, Any]:
+def report_of(
+    evaluation: Evaluation, tools: Mapping[str, str], device: Any, limit: int | None = None
+) -> dict[str, Any]:
     """Everything that is known of an evaluation, as JSON values.
 
-    tools: what plug-ins were given as, by kind.
+    Args:
+        tools: what plug-ins were given as, by kind.
+        limit: items of the set that were asked for; None for all.
     """
     asked, answers = evaluation.asked, evaluation.answers
     errors = [answer for answer in answers if answer.error is not None]
@@ -40,6 +44,7 @@ def report_of(evaluation: Evaluation, tools: Mapping[str, str], device: Any) -> 
         "normaliser": asked.options.normaliser,
         "runtime": EVALUATED if asked.as_evaluated else RELEASED,
         "tools": dict(tools),
+        "limit": limit,
         "answers": len(answers),
         "errors": [{"id": each.item.id, "error": each.error} for each in errors],
         "seconds": round(sum(answer.seconds for answer in answers), 2),
@@ -135,7 +140,8 @@ def _shown(value: float | None, unit: str) -> str:
 
 def remarks_of(report: Mapping[str, Any]) -> list[str]:
     """What is to be known beside the table, a line each."""
-    remarks = [f"{report['title']}, {report['split']}: {report['answers']} items"]
+    first = "the first " if report["limit"] else ""
+    remarks = [f"{report['title']}, {report['split']}: {first}{report['answers']} items"]
     format_ = report["format"] or f"the checkpoint's own, {report['dtype']}"
     limit = report["max_new_tokens"]
     remarks.append(

@@ -170,7 +170,7 @@ def read_seed_tts(data: Path, split: str, options: Options) -> list[Item]:
     name = SEED_TTS_LISTS[split]
     own = _first([data / "seedtts_testset" / name, data / name, data / Path(name).name])
     if own is None:
-        needs = "the prompts of " if voiced else ""
+        needs = "prompts of " if voiced else ""
         raise _nothing(data, f"{needs}Seed-TTS-Eval {split}", SEED_TTS_FORMS, SEED_TTS_SOURCE)
     items = list[Item]()
     for number, line in _lines(own, SEED_TTS_SOURCE):
@@ -259,13 +259,15 @@ def _rows(file: Path, columns: Sequence[str], source: str) -> list[dict[str, str
     """Rows of a parquet file, some of its columns, as text."""
     package = evaluation_package("pyarrow.parquet")
     try:
-        table = package.read_table(file, columns=[*columns])
+        table = package.ParquetFile(file)
+        lost = [name for name in columns if name not in table.schema_arrow.names]
+        rows = [] if lost else table.read(columns=[*columns]).to_pylist()
     except Exception as error:
         # Arrow has many kinds of errors; what is no parquet has another each time.
         raise EvaluationError(f"cannot read {file}: {type(error).__name__} ({source})") from error
-    if lost := [name for name in columns if name not in table.column_names]:
+    if lost:
         raise EvaluationError(f"{file} has no column {', '.join(lost)} ({source})")
-    return [{name: str(row[name]) for name in columns} for row in table.to_pylist()]
+    return [{name: str(row[name]) for name in columns} for row in rows]
 
 
 @dataclass(frozen=True)
