@@ -325,7 +325,7 @@ def main() -> int:
             recipe.confidence(args.start, args.foreign)
             return 0
         if args.command == SETS:
-            write_sets(args.run, args.output, args.count, args.seed)
+            write_sets(args.output, args.count, args.seed)
             print(f"wrote {args.output}", file=sys.stderr)
             return 0
         if args.start and not parallel.is_worker():

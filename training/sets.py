@@ -18,43 +18,39 @@ from mimo_fast.audio.writing import save_wav
 from mimo_fast.errors import MimoFastError
 
 from . import domain
-from .data import UNHEARD_VOICE, Part, Sizes
+from .data import UNHEARD_VOICE, Sizes, as_samples, item
 from .synthesis import INSTALL, RATE, Manner, has_flite, synthesize
 
 READER = "1-1"
 """Speaker and chapter of the unheard voice."""
 
 
-def write_sets(run: Path, target: Path, count: int, seed: int = 0) -> None:
+def write_sets(target: Path, count: int, seed: int = 0) -> None:
     """Writes at most `count` items of each set.
 
     Args:
-        run: directory of a training; speech that its data lacks is made there.
+        seed: of the run of a training whose held-out sentences they are.
 
     Raises:
         MimoFastError: flite, whose voices these are, is not installed.
     """
     if not has_flite():
         raise MimoFastError(f"the sets' voices are flite's: {INSTALL['flite']}")
-    sizes, data = Sizes(), run / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    parts = {name: Part(data, name, sizes.parts[name], seed) for name in ("unheard", "unsaid")}
-    with tqdm(total=sum(map(len, parts.values())), desc="speech", unit="utterance") as bar:
-        for part in parts.values():
-            part.make(bar)
-    _write_recordings(parts["unheard"], target / "LibriSpeech" / "test-clean", count)
-    texts = [parts["unsaid"].item(i).text for i in range(min(count, len(parts["unsaid"])))]
+    sizes = Sizes()
+    _write_recordings(target / "LibriSpeech" / "test-clean", min(count, sizes.unheard), seed)
+    texts = [item("unsaid", i, seed).text for i in range(min(count, sizes.unsaid))]
     _write_lines(target / "seedtts" / "en" / "text.txt", texts)
     _write_questions(target / "big_bench_audio" / "data", count)
 
 
-def _write_recordings(part: Part, target: Path, count: int) -> None:
+def _write_recordings(target: Path, count: int, seed: int) -> None:
     folder, lines = target.joinpath(*READER.split("-")), list[str]()
     folder.mkdir(parents=True, exist_ok=True)
-    for i in range(min(count, len(part))):
-        name = f"{READER}-{i:04}"
-        save_wav(folder / f"{name}.flac", part[i].wav, RATE)
-        lines.append(f"{name} {part.item(i).text.upper()}")
+    for i in tqdm(range(count), desc="speech", unit="utterance"):
+        wanted, name = item("unheard", i, seed), f"{READER}-{i:04}"
+        wav = as_samples(synthesize(domain.spoken(wanted.text), wanted.manner).wav)
+        save_wav(folder / f"{name}.flac", wav / 2**15, RATE)
+        lines.append(f"{name} {wanted.text.upper()}")
     _write_lines(folder / f"{READER}.trans.txt", lines)
 
 

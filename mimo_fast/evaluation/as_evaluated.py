@@ -94,7 +94,11 @@ class AsEvaluated(MimoAudio):
         return self._chunks(reply, self.pipeline.reader(prompt.ids, spec.speaks), spec.speaks)
 
     def _chunks(self, reply: Reply, reader: ReplyReader, speaks: bool) -> Iterator[Chunk]:
-        began, rate, nothing = perf_counter(), self.codec.sample_rate, torch.zeros(0)
+        began, rate, nothing = (
+            perf_counter(),
+            self.codec.sample_rate,
+            torch.zeros(0, dtype=torch.float32, device="cpu"),
+        )
         patches, groups = list[torch.Tensor](), 0
 
         def chunk(audio: torch.Tensor, text: str, reason: FinishReason | None = None) -> Chunk:
