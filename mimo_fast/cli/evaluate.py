@@ -6,6 +6,7 @@ from mimo_fast.arguments import suggestion
 from mimo_fast.cli.common import adapter_of, load_model
 from mimo_fast.cli.process import written
 from mimo_fast.cli.reports import say
+from mimo_fast.config import LMConfig
 from mimo_fast.errors import EvaluationError
 from mimo_fast.evaluation.items import EvaluationSet, Options
 from mimo_fast.evaluation.plugins import KINDS, load_tools, with_model
@@ -25,7 +26,13 @@ def run(args: argparse.Namespace) -> int:
         if missing := sorted(name for name in measure.needs if name not in tools.names):
             options = " and ".join(f"--{name}" for name in missing)
             say(f"{measure.name} will not be measured without {options}")
-    model = load_model(args, max_batch=args.streams)
+
+    def check(config: LMConfig) -> None:
+        config.architecture.check_task(asked.task)
+        if not config.is_trained(asked.task):
+            say(f"warning: this model was not trained for {asked.task}: its answers mean little")
+
+    model = load_model(args, max_batch=args.streams, check=check)
     asked = asked_of(args, adapter_of(model, args))
     tools, folder = with_model(tools, model), args.target
     evaluation = evaluate(model, asked, items, tools, folder, overwrite=args.overwrite)
@@ -63,6 +70,7 @@ def asked_of(args: argparse.Namespace, adapter: str | None = None) -> Asked:
         seed=args.seed or 0,
         max_new_tokens=args.max_tokens,
         adapter=adapter,
+        sampled=args.sampled,
         as_evaluated=args.as_evaluated,
         format=args.quantization,
     )

@@ -356,6 +356,8 @@ def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help=anew)
     at_once = "items answered at once [4, or as many as fit]"
     parser.add_argument("--streams", type=positive, metavar="N", help=at_once)
+    drawn = "upstream's samplers, also where the checkpoint states greedy ones, as nano's does"
+    parser.add_argument("--sampled", action="store_true", help=drawn)
     theirs = "answer in MiMo-Audio-Eval's own runtime, which differs from the released one"
     parser.add_argument("--as-evaluated", action="store_true", help=theirs)
     tools = parser.add_argument_group(

@@ -6,6 +6,7 @@ codec       recordings are encoded in segments of 3,000 mel frames (30 s, releas
             decoded in segments of 750 frames of codes (released: 1,500), and not as a stream
 asr         one wording a language, with a full stop (released: drawn of 22 without)
 tts         one wording a language, with a full stop or a colon, before ": " (released: drawn of 10)
+samplers    upstream's, whatever the checkpoint states (`greedy_tasks`)
 dialogue    text at temperature 0.3 and codes at 0.7 (released: 0.6 and 0.9); a system turn even
             without a voice in it, then empty
 thinking    "You can think about the question briefly and then answer it." behind the question:
@@ -33,7 +34,7 @@ from mimo_fast.runtime.engine.reply import Reply
 from mimo_fast.runtime.engine.request import FinishReason
 from mimo_fast.runtime.engine.stream import Chunk, Timing
 from mimo_fast.runtime.engine.voicing import ReplyReader
-from mimo_fast.sampling import MiMoSampler
+from mimo_fast.sampling import MiMoSampler, task_samplers
 from mimo_fast.text.prompt import Segments
 from mimo_fast.text.tasks import Task, find_task
 
@@ -73,7 +74,7 @@ class AsEvaluated(MimoAudio):
 
     def __init__(self, model: MimoAudio) -> None:
         self.__dict__.update(copy(model).__dict__)
-        self.task_sampler_configs = {**model.task_sampler_configs, "spoken_dialogue": DIALOGUE}
+        self.task_sampler_configs = {**task_samplers(), "spoken_dialogue": DIALOGUE}
         self.codec.encode_segment, self.codec.decode_segment = ENCODE_SEGMENT, DECODE_SEGMENT
 
     def stream(self, task: str, *arguments: Any, **options: Any) -> Any:
@@ -94,11 +95,8 @@ class AsEvaluated(MimoAudio):
         return self._chunks(reply, self.pipeline.reader(prompt.ids, spec.speaks), spec.speaks)
 
     def _chunks(self, reply: Reply, reader: ReplyReader, speaks: bool) -> Iterator[Chunk]:
-        began, rate, nothing = (
-            perf_counter(),
-            self.codec.sample_rate,
-            torch.zeros(0, dtype=torch.float32, device="cpu"),
-        )
+        began, rate = perf_counter(), self.codec.sample_rate
+        nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
         patches, groups = list[torch.Tensor](), 0
 
         def chunk(audio: torch.Tensor, text: str, reason: FinishReason | None = None) -> Chunk:

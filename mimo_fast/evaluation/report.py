@@ -146,6 +146,7 @@ def remarks_of(report: Mapping[str, Any]) -> list[str]:
     limit = report["max_new_tokens"]
     remarks.append(
         f"weights: {format_}; seed {report['seed']}"
+        + (", upstream's samplers" if report["sampled"] else "")
         + (f", at most {limit} groups a reply" if limit else "")
     )
     remarks.append(report["runtime"])

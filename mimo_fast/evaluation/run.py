@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from mimo_fast.evaluation.as_evaluated import AsEvaluated, wording
 from mimo_fast.evaluation.items import Answer, EvaluationSet, Found, Item, Measure, Options, Tools
 from mimo_fast.json_files import cut
 from mimo_fast.mimo_audio import MimoAudio
+from mimo_fast.sampling import task_samplers
 from mimo_fast.text.tasks import find_task
 
 ABOUT, FINDINGS = "evaluation.json", "findings.jsonl"
@@ -55,6 +57,7 @@ class Asked:
             drawn, in transcriptions, all have the same.
         max_new_tokens: Groups of a reply at most; None for the model's own.
         adapter: That all requests choose.
+        sampled: With upstream's samplers, where the checkpoint states greedy ones.
         as_evaluated: In MiMo-Audio-Eval's own runtime, see `as_evaluated.py`.
         format: Of the weights, as quantized while loading; None for the checkpoint's own.
     """
@@ -65,6 +68,7 @@ class Asked:
     seed: int = 0
     max_new_tokens: int | None = None
     adapter: str | None = None
+    sampled: bool = False
     as_evaluated: bool = False
     format: str | None = None
 
@@ -158,7 +162,9 @@ def evaluate(
     """
     about = _about(model, asked)
     _begin(folder, about, overwrite)
-    runs = AsEvaluated(model) if asked.as_evaluated else model
+    runs = AsEvaluated(model) if asked.as_evaluated else copy(model)
+    if asked.sampled:
+        runs.task_sampler_configs = task_samplers()
     answers = _answers(runs, asked, items, folder, progress)
     measured = [_measured(each, answers, tools, folder, progress) for each in asked.measures]
     return Evaluation(asked, about, answers, measured)
@@ -179,6 +185,7 @@ def _about(model: MimoAudio, asked: Asked) -> dict[str, Any]:
         "adapter": asked.adapter,
         "seed": asked.seed,
         "max_new_tokens": asked.max_new_tokens,
+        "sampled": asked.sampled,
         "as_evaluated": asked.as_evaluated,
     }
 

@@ -11,6 +11,7 @@ from mimo_fast.batches import batch
 from mimo_fast.evaluation.as_evaluated import AsEvaluated, wording
 from mimo_fast.evaluation.items import Item
 from mimo_fast.runtime.codec.network import DECODE_SEGMENT, ENCODE_SEGMENT
+from mimo_fast.sampling import task_samplers
 
 RATE = 24_000
 SAY = "Please convert this text to speech."
@@ -51,7 +52,9 @@ def test_the_codec_takes_segments_of_any_length(nano, evaluated):
 def test_speech_is_decoded_at_once(nano, evaluated, tmp_path):
     chunks = [*evaluated.stream("tts", "the dog is big", seed=3)]
     said = torch.cat([chunk.audio for chunk in chunks])
-    text = nano.tts_sft("the dog is big", tmp_path / "a.wav", seed=3)
+    sampled = copy.copy(nano)
+    sampled.task_sampler_configs = task_samplers()
+    text = sampled.tts_sft("the dog is big", tmp_path / "a.wav", seed=3)
     assert "".join(chunk.text for chunk in chunks).strip() == text
     assert (load_audio(tmp_path / "a.wav", RATE) - said).abs().max() <= 2**-15
     assert chunks[-1].finish_reason == "stop"
@@ -62,6 +65,9 @@ def test_samplers_are_upstreams(evaluated, nano):
     assert [chosen[part].temperature for part in ("global", "local")] == [0.3, 0.7]
     assert [chosen[part].top_p for part in ("global", "local")] == [0.95, 0.95]
     assert nano.get_task_sampler("spoken_dialogue")["global"].temperature != 0.3
+    # nano states that it is greedy there.
+    assert evaluated.get_task_sampler("tts") == task_samplers()["tts"]
+    assert not nano.get_task_sampler("tts")["global"].do_sample
 
 
 def prompts(model, monkeypatch, task, *arguments, **options):

@@ -68,6 +68,7 @@ def test_without_a_tool_the_rest_is_measured(capsys, data, tmp_path):
     assert "not measured: give --recogniser" in told.out
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on(data, tmp_path):
     """Its process is killed while the third answer is heard."""
     command = [sys.executable, "-m", "mimo_fast", "eval", "seedtts", "--data", data, "-o", tmp_path]

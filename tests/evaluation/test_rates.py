@@ -20,7 +20,7 @@ from mimo_fast.evaluation.rates import (
 )
 
 WORD = st.text("ab'", min_size=1, max_size=3)
-SENTENCE = st.lists(WORD, max_size=6).map(" ".join)
+SENTENCE = st.lists(WORD, max_size=4).map(" ".join)
 ANY = st.text(st.sampled_from("aB ' ,.?!，。你好 (-"), max_size=30)
 
 

@@ -27,6 +27,7 @@ ABOUT = {
     "format": None,
     "dtype": "float32",
     "seed": 3,
+    "sampled": False,
     "max_new_tokens": 9,
 }
 
