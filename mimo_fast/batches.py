@@ -95,6 +95,7 @@ def batch(
     *,
     seed: int | None = None,
     suffix: str | None = None,
+    names: Sequence[str] | None = None,
     overwrite: bool = False,
     progress: bool = True,
     **options: Any,
@@ -117,13 +118,16 @@ def batch(
             is there already is kept.
         seed: request i has seed + i, so that each says the same again by itself.
         suffix: of audio files [.wav]; of transcripts .txt, .json, .srt, .vtt or .tsv [.txt].
+        names: of audio files, without their suffix, one a request [0000, 0001, ...]; not of
+            "transcribe" and "convert".
         overwrite: whether what the folder has already is computed again.
         progress: shows a bar on a terminal.
         options: further arguments of `MimoAudio.stream`, the same for all. Listeners come before
             these replies, unless it is `priority="listener"`.
 
     Raises:
-        ValueError: there is no such task, or two recordings have one name, or that of a result.
+        ValueError: there is no such task, or two recordings have one name, or that of a result;
+            or `names` are not one a request.
         TypeError: it has no such option, or `requests` is one request.
         AudioError: the folder cannot be written, or an example cannot be used.
     """
@@ -139,6 +143,8 @@ def batch(
         kind = type(requests).__name__
         raise TypeError(f"batch: requests must be a list of them, not one {kind}: put it into []")
     wanted = list(enumerate(requests))
+    if names is not None and (task in (TRANSCRIBE, CONVERT) or len(names) != len(wanted)):
+        raise ValueError(f"batch({task!r}): {len(names)} names for {len(wanted)} requests")
     if task == CONVERT:
         if "examples" not in options:
             raise TypeError("batch('convert') needs examples")
@@ -152,7 +158,7 @@ def batch(
     elif folder is not None and task == CONVERT:
         record = _Named(Path(folder), suffix or ".wav", wanted)
     elif folder is not None:
-        record = _Record(Path(folder), suffix or ".wav")
+        record = _Record(Path(folder), suffix or ".wav", names)
     if record is not None and not overwrite:
         wanted = [(i, each) for i, each in wanted if not record.has(i, each)]
     wanted.sort(key=lambda pair: _size(pair[1]), reverse=True)
@@ -280,6 +286,42 @@ class _Batch:
         return max(self._slots // max(active, 1), 1)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a record, a line each; none of a file that does not exist."""
+    found = list[dict[str, Any]]()
+    if not path.exists():
+        return found
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            each = json.loads(line)
+        except ValueError:
+            # A line that was cut by the end of the process.
+            continue
+        if isinstance(each, dict):
+            found.append(each)
+    return found
+
+
+def add_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Appends an object to a record, in one write.
+
+    Raises:
+        AudioError: the file cannot be written.
+    """
+    data = json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+    try:
+        with path.open("ab+") as file:
+            # After a line that was cut.
+            file.seek(0, os.SEEK_END)
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    data = b"\n" + data
+            file.write(data)
+    except OSError as error:
+        raise AudioError(f"cannot write {name_of(path)}: {reason_of(error)}") from error
+
+
 class _Record:
     """The folder of a batch.
 
@@ -287,8 +329,8 @@ class _Record:
         AudioError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, suffix: str) -> None:
-        self._folder, self._suffix = folder, suffix
+    def __init__(self, folder: Path, suffix: str, names: Sequence[str] | None = None) -> None:
+        self._folder, self._suffix, self._names = folder, suffix, names
         check_folder(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -297,15 +339,7 @@ class _Record:
         self._check_names()
         self._path = folder / RECORD
         check_writable(self._path)
-        self._known = dict[int, dict[str, Any]]()
-        if self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                try:
-                    found = json.loads(line)
-                    self._known[found["index"]] = found
-                except (ValueError, KeyError, TypeError):
-                    # A line that was cut by the end of the process.
-                    continue
+        self._known = {line["index"]: line for line in read_lines(self._path) if "index" in line}
 
     def has(self, index: int, request: Any) -> bool:
         found = self._known.get(index, {})
@@ -326,22 +360,12 @@ class _Record:
             line |= {"text": result.text, "finish_reason": result.finish_reason}
         if result.file is not None:
             line |= {"file": result.file.name, "seconds": round(result.seconds, 3)}
-        data = json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
-        try:
-            with self._path.open("ab+") as file:
-                # After a line that was cut.
-                file.seek(0, os.SEEK_END)
-                if file.tell():
-                    file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":
-                        data = b"\n" + data
-                file.write(data)
-        except OSError as error:
-            raise AudioError(f"cannot write {name_of(self._path)}: {reason_of(error)}") from error
+        add_line(self._path, line)
 
     def file(self, index: int) -> Path:
         """Where the result of a request is written."""
-        return self._folder / f"{index:04}{self._suffix}"
+        name = f"{index:04}" if self._names is None else self._names[index]
+        return self._folder / f"{name}{self._suffix}"
 
 
 class _Named(_Record):

@@ -275,3 +275,14 @@ def test_a_line_that_fails_is_named_by_its_number_and_ends_no_other(capsys, tmp_
     assert "holds no lines to say" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["tts", "--lines", str(tmp_path / "lines.txt"), "-o", str(tmp_path / "lines.txt")])
+
+
+def test_files_have_the_names_that_were_given(nano, tmp_path):
+    found = list(batch(nano, "tts", TEXTS[:2], tmp_path, seed=1, names=["61-1", "a.b"]))
+    files = {result.index: result.file for result in found}
+    assert files == {0: tmp_path / "61-1.wav", 1: tmp_path / "a.b.wav"}
+    assert not list(batch(nano, "tts", TEXTS[:2], tmp_path, seed=1, names=["61-1", "a.b"]))
+    with pytest.raises(ValueError, match="1 names for 2 requests"):
+        batch(nano, "tts", TEXTS[:2], tmp_path, names=["a"])
+    with pytest.raises(ValueError, match="'transcribe'"):
+        batch(nano, TRANSCRIBE, [WORDS / "thank_you.flac"], tmp_path, names=["a"])

@@ -13,6 +13,9 @@
                                 telephones, silence, levels; an hour and a half on two cores
     python -m training confidence --start mimo_fast/assets/nano --foreign DIR
                                 calibrates how confident it is of its replies (`confidence.py`)
+    python -m training sets -o DIR
+                                the held-out sentences as evaluation sets (`sets.py`), for
+                                `mimo-fast eval`
     python -m training --smoke  a few steps of everything
 
 Each command resumes where it was stopped, and `decoder` and `lm` may run side by side, each on a

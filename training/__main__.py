@@ -44,6 +44,7 @@ from .evaluate import Results
 from .lm import LMTraining, Stages
 from .loop import Schedule, trained_tensors
 from .parameters import build_codec
+from .sets import write_sets
 from .start import start_from
 from .synthesis import INSTALL, has_espeak, has_festival, has_flite, has_pico
 from .tokenizer import build_tokenizer
@@ -52,6 +53,9 @@ from .vocoder import VocoderTraining
 COMMANDS = ("data", "codec", "decoder", "lm", "export", "confidence", "evaluate", "all")
 FURTHER = ("vocoder", "hearing")
 """Commands that start from a pair and are no part of `all`."""
+
+SETS = "sets"
+"""Writes evaluation sets, and trains nothing."""
 
 SMOKE_SIZES = Sizes(12, 12, 8, 8, 6, 6, 6, 4, 4, 4, 4, 3, 3)
 SMOKE_STEPS = {"codec": 3, "decoder": 2, "lm": 10}
@@ -277,7 +281,8 @@ def _sizes(directory: Path, command: str) -> Sizes:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    parser.add_argument("command", nargs="?", choices=(*COMMANDS, *FURTHER))
+    known = (*COMMANDS, *FURTHER, SETS)
+    parser.add_argument("command", nargs="?", choices=known)
     run_help = "directory of data, states, results"
     parser.add_argument("--run", type=Path, default=Path("training_output"), help=run_help)
     start = "exported pair (lm/ and codec/) to go on from, in a new directory"
@@ -293,13 +298,17 @@ def main() -> int:
     }
     for option, meaning in numbers.items():
         parser.add_argument(option, type=int, help=meaning)
-    count = "utterances a measurement of evaluate"
+    output = "folder that sets are written into"
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help=output)
+    count = "utterances a measurement of evaluate, items a set of sets"
     parser.add_argument("--count", type=int, default=200, help=count)
     works = "a few steps of everything, to see that it works"
     parser.add_argument("--smoke", action="store_true", help=works)
     args = parser.parse_args()
     if bool(args.command) == args.smoke:
-        parser.error(f"give a command ({', '.join((*COMMANDS, *FURTHER))}) or --smoke")
+        parser.error(f"give a command ({', '.join(known)}) or --smoke")
+    if (args.command == SETS) != (args.output is not None):
+        parser.error("sets and -o DIR go together")
     if args.command in FURTHER and not args.start:
         parser.error(f"{args.command} needs --start PAIR, such as mimo_fast/assets/nano")
     if args.workers is None:
@@ -314,6 +323,10 @@ def main() -> int:
         if args.command == "confidence" and args.start:
             recipe = Recipe(args.run, args.seed, args.device, Sizes(), steps)
             recipe.confidence(args.start, args.foreign)
+            return 0
+        if args.command == SETS:
+            write_sets(args.output, args.count, args.seed)
+            print(f"wrote {args.output}", file=sys.stderr)
             return 0
         if args.start and not parallel.is_worker():
             start_from(args.start, args.run)

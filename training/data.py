@@ -216,12 +216,16 @@ class Part:
 
         with ThreadPoolExecutor(SYNTHESIZERS) as pool:
             made = list(pool.map(speak, indices))
-        scaled = (each.wav.clamp(-1, 1 - 2**-15) * 2**15 for each in made)
-        tensors = joined("samples", [wav.round().to(torch.int16) for wav in scaled])
+        tensors = joined("samples", [as_samples(each.wav) for each in made])
         for name in ANNOTATIONS:
             marks = [torch.tensor(getattr(each, name), dtype=torch.int32) for each in made]
             tensors |= joined(name, marks)
         save_whole(self.path(shard), tensors)
+
+
+def as_samples(wav: Tensor) -> Tensor:
+    """Speech [n] as it is kept, int16."""
+    return (wav.clamp(-1, 1 - 2**-15) * 2**15).round().to(torch.int16)
 
 
 def make(directory: Path, sizes: Sizes, seed: int = 0) -> dict[str, Part]:

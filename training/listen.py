@@ -2,15 +2,19 @@
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimo_fast.audio.files import load_audio
 from mimo_fast.audio.resample import resample
+from mimo_fast.errors import MimoFastError
 
 from .domain import GRAMMAR
+from .synthesis import RATE
 
 LISTENING_RATE = 16_000
 PEAK, HISS = 0.5, 1e-3
@@ -18,6 +22,9 @@ PEAK, HISS = 0.5, 1e-3
 
 HUSH = 0.2
 """Seconds of silence before and after, in which the recogniser measures the noise."""
+
+UNHEARD = "40,3,-1,0,0,0,0,0,0,0,0,0,0"
+"""`channel` of a recogniser that has heard nothing."""
 
 SETTINGS = {"lw": 9.0, "wip": 0.05, "silprob": 0.3, "maxhmmpf": 3000}
 """Search settings; by default it inserts short words in the silence at the end."""
@@ -46,6 +53,23 @@ def recognise(wav: Tensor, sample_rate: int, channel: str | None = None) -> str:
 def channel() -> str:
     """What the recogniser has learned of level and microphone from what it heard."""
     return str(_decoder().get_cmn(True))
+
+
+class Listener:
+    """The recogniser as a plug-in of `mimo-fast eval`.
+
+    It has heard nothing before, and gets used to the channel in the order in which it is asked, as
+    where nano's card was measured. One that is made anew, after an interruption, does so from where
+    it goes on, and may hear a word or two otherwise.
+    """
+
+    def __init__(self) -> None:
+        _decoder().set_cmn(UNHEARD)
+
+    def __call__(self, audio: Path, language: str) -> str:
+        if language != "en":
+            raise MimoFastError(f"this recogniser knows English alone, not {language!r:.20}")
+        return recognise(load_audio(audio, RATE), RATE)
 
 
 def word_errors(got: str, want: str) -> int:

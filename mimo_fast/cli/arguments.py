@@ -112,6 +112,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         AudioError: an input cannot be read.
         SystemExit: an output cannot be written or is an input, or a text is not text.
     """
+    if args.module == "evaluate":
+        _check_evaluation(args)
     args.folders = [getattr(args, args.folder)] if args.folder else []
     args.before = [each for folder in args.folders for each in _contents(folder)]
     if args.module == "talk":
@@ -253,6 +255,21 @@ def _check_outputs(args: argparse.Namespace) -> list[Path]:
     except AudioError as error:
         parser.error(f"argument {option}: {error}")
     return files
+
+
+def _check_evaluation(args: argparse.Namespace) -> None:
+    """A set and its data, or the list of sets alone."""
+    if args.list:
+        args.folder = None
+    elif args.set is None:
+        args.parser.error("give a set, or --list")
+    elif args.data is None:
+        args.parser.error("give --data DIR, where the set's files are")
+    elif not args.data.is_dir():
+        args.parser.error(f"argument --data: {name_of(args.data)} is no folder")
+    elif args.target is None:
+        name = "-".join(filter(None, (args.set, args.split, args.mode)))
+        args.target = Path("evaluations", name)
 
 
 def _check_talk(args: argparse.Namespace) -> None:

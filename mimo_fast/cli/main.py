@@ -236,6 +236,9 @@ def build_parser() -> argparse.ArgumentParser:
     worth = "Compare weight formats on your recordings: words, voice, sound, speed; name one."
     _add_quality_options(command("quality", worth))
 
+    public = "Answer a public evaluation set, and measure the answers as MiMo-Audio's report does."
+    _add_evaluation_options(command("eval", public, module="evaluate"))
+
     check = command("verify", "Check every stage against ground truth on this machine.", None)
     check.add_argument(
         "--checkpoint", type=path, required=True, metavar="DIR", help="folder with lm/ and codec/"
@@ -361,6 +364,44 @@ def _add_quality_options(parser: argparse.ArgumentParser) -> None:
     )
     allowed = "points of words that a format may lose [3]"
     parser.add_argument("--margin", type=points, default=3.0, metavar="POINTS", help=allowed)
+    _add_generation_options(parser)
+
+
+def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(folder="target")
+    parser.add_argument("set", nargs="?", metavar="SET", help="which one, see --list")
+    known = "list the sets, their files, and where they come from"
+    parser.add_argument("--list", action="store_true", help=known)
+    where = "MiMo-Audio-Eval's data/, or the folder of the set as it is published"
+    parser.add_argument("--data", type=path, metavar="DIR", help=where)
+    place = "folder of answers and report; what is there already is kept [evaluations/SET-SPLIT]"
+    parser.add_argument("-o", "--output", dest="target", type=path, metavar="DIR", help=place)
+    parser.add_argument("--split", help="of the set [its first]")
+    parser.add_argument("--limit", type=positive, metavar="N", help="the first N items [all]")
+    parser.add_argument("--mode", help="way of asking, where a set has several [its first]")
+    shots = "examples in front of each question, for base models [0]"
+    parser.add_argument("--shots", type=positive, metavar="N", help=shots)
+    _add_thinking(parser, "let the model think before it answers")
+    anew = "begin anew where the folder has answers, of whatever evaluation"
+    parser.add_argument("--overwrite", action="store_true", help=anew)
+    at_once = "items answered at once [4, or as many as fit]"
+    parser.add_argument("--streams", type=positive, metavar="N", help=at_once)
+    drawn = "upstream's samplers, also where the checkpoint states greedy ones, as nano's does"
+    parser.add_argument("--sampled", action="store_true", help=drawn)
+    theirs = "answer in MiMo-Audio-Eval's own runtime, which differs from the released one"
+    parser.add_argument("--as-evaluated", action="store_true", help=theirs)
+    tools = parser.add_argument_group(
+        "tools",
+        "package.module:name of a function or class, or https://host/v1#model of a server like "
+        "OpenAI's, whose key is in MIMO_FAST_EVAL_KEY or OPENAI_API_KEY",
+    )
+    hears = "hears the words of speech; self is the model that is evaluated"
+    tools.add_argument("--recogniser", metavar="TOOL", help=hears)
+    voices = "tells voices apart, such as resemblyzer"
+    tools.add_argument("--speaker", metavar="TOOL", help=voices)
+    tools.add_argument("--judge", metavar="TOOL", help="says whether answers are right")
+    both = "rates of words in Whisper's normalisation as well"
+    tools.add_argument("--normaliser", choices=("whisper",), help=both)
     _add_generation_options(parser)
 
 

@@ -86,11 +86,16 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Tools:
-    """Plug-ins that were given. A measure that needs another is not made, as the report says."""
+    """Plug-ins that were given. A measure that needs another is not made, as the report says.
+
+    Attributes:
+        names: What each was given as, by its field.
+    """
 
     recogniser: Recogniser | None = None
     speaker: SpeakerEncoder | None = None
     judge: Judge | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 class Measure(Protocol):
@@ -99,8 +104,11 @@ class Measure(Protocol):
     `needs` names fields of `Tools`.
     """
 
-    name: str
-    needs: frozenset[str]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs(self) -> frozenset[str]: ...
 
     def find(self, answer: Answer, tools: Tools) -> Found: ...
 
@@ -116,12 +124,14 @@ class Options:
         thinking: Whether the model thinks before it answers, where a set asks for it.
         mode: Way of asking where a set has several: "s2t", "s2s", "t2t", "t2s".
         seed: Of the draws of examples, as MiMo-Audio-Eval's.
+        normaliser: "whisper" for rates of words in its normalisation as well.
     """
 
     shots: int = 0
     thinking: bool = False
     mode: str | None = None
     seed: int = 42
+    normaliser: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,8 @@ class EvaluationSet:
             a split, options -> items. Raises EvaluationError naming the file that is missing or
             wrong, and where it comes from.
         measures: Of the split and the options.
+        forms: Files that are read, from `--data` on.
+        source: Where they come from.
     """
 
     name: str
@@ -157,3 +169,5 @@ class EvaluationSet:
     measures: Callable[[str, Options], Sequence[Measure]]
     published: tuple[Published, ...] = ()
     modes: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
+    source: str = ""

@@ -293,6 +293,7 @@ def calls(bystander: Bystander, folder: Path) -> Calls:
                 "requests": ["hello", {"input": "hello"}],
                 "folder": str(folder / "batch"),
                 "suffix": ".wav",
+                "names": ["first", "second"],
                 "progress": False,
                 "seed": 1,
                 "max_new_tokens": 3,

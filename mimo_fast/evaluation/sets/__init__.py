@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from mimo_fast.evaluation.items import EvaluationSet
+from mimo_fast.evaluation.sets.words import WORD_SETS
 
-SETS: dict[str, EvaluationSet] = {}
+SETS: dict[str, EvaluationSet] = {each.name: each for each in (*WORD_SETS,)}

@@ -12,7 +12,7 @@ from mimo_fast.errors import AudioError, NumericError
 from mimo_fast.kernels.matmul.product import AnyWeight, matmul
 from mimo_fast.kernels.sample import NOT_FINITE
 from mimo_fast.runtime.codec.layers import CodecStack, Norm
-from mimo_fast.runtime.codec.network import DECODE_SEGMENT, ENCODE_SEGMENT, CodecNetwork
+from mimo_fast.runtime.codec.network import CodecNetwork
 from mimo_fast.runtime.codec.persistent import persistent
 from mimo_fast.runtime.lm.finite import Named, cause, of_matrix
 
@@ -109,7 +109,7 @@ def _stack_steps(prefix: str, stack: CodecStack, x: Tensor) -> Named:
 def _encode_steps(codec: CodecNetwork, wav: Tensor) -> Named:
     """The results of encoding a waveform, layer by layer, in segments."""
     mel = log_mel(wav.to(codec.device), codec.config)
-    for part in mel.split(ENCODE_SEGMENT):
+    for part in mel.split(codec.encode_segment):
         yield "the log-mel spectrogram", part
         x = codec.convolved(part, padded=False)
         yield "encoder.conv2", x
@@ -119,7 +119,7 @@ def _encode_steps(codec: CodecNetwork, wav: Tensor) -> Named:
 
 def _decode_steps(codec: CodecNetwork, codes: Tensor) -> Named:
     """The results of decoding codes [n, T] in one shot, layer by layer, in segments."""
-    for part in codes.split(DECODE_SEGMENT, dim=1):
+    for part in codes.split(codec.decode_segment, dim=1):
         x = codec.dequantize(part)
         yield "encoder.quantizer", x
         x = x.to(codec.dtype)

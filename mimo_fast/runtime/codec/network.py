@@ -108,11 +108,14 @@ class CodecNetwork:
     Attributes:
         pools: State of its streams.
         calls: Number of computations so far that decoded chunks of streams.
+        encode_segment, decode_segment: Mel frames that `encode` and code frames that `decode`
+            compute at once, upstream's 60 s.
     """
 
     def __init__(self, config: CodecConfig, source: WeightSource, codebook: GetTensor) -> None:
         self.config, self.owner = config, Owner()
         self.pools, self.calls = CodecPools(), 0
+        self.encode_segment, self.decode_segment = ENCODE_SEGMENT, DECODE_SEGMENT
 
         def stack(
             name: str, layers: int, heads: int, causal: bool, window: tuple[int, int]
@@ -221,8 +224,8 @@ class CodecNetwork:
         return codes, lost.square().sum() / hidden.square().sum()
 
     def encode_mel(self, mel: Tensor) -> Tensor:
-        """Log-mel [T_mel, n_mels] -> encoder output [T, D], in segments of 6000 frames."""
-        return torch.cat(self.encode_packed(mel, split_lengths(len(mel), ENCODE_SEGMENT)))
+        """Log-mel [T_mel, n_mels] -> encoder output [T, D], in segments."""
+        return torch.cat(self.encode_packed(mel, split_lengths(len(mel), self.encode_segment)))
 
     def encode_packed(self, mel: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """Log-mel [sum of lengths, n_mels] of several rows -> encoder output [T, D] of each."""
@@ -269,10 +272,10 @@ class CodecNetwork:
 
     @in_own_modes
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [n, T] of the first n codebooks -> waveform [960 T] float32, in 60 s segments."""
+        """Codes [n, T] of the first n codebooks -> waveform [960 T] float32, in segments."""
         self.owner.check()
         self.check_codes(codes)
-        parts = codes.split(DECODE_SEGMENT, dim=1)
+        parts = codes.split(self.decode_segment, dim=1)
         return torch.cat([self.decode_hidden(self.dequantize(part)) for part in parts])
 
     def dequantize(self, codes: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mimo_fast.runtime.codec.layers import split_lengths
-from mimo_fast.runtime.codec.network import ENCODE_SEGMENT, CodecNetwork, MelRow, passes
+from mimo_fast.runtime.codec.network import CodecNetwork, MelRow, passes
 
 Result = TypeVar("Result")
 Other = TypeVar("Other")
@@ -57,7 +57,7 @@ def encoder_outputs(
             if isinstance(mel, Exception):
                 found[place] = mel
                 continue
-            for row in codec.mel_rows(mel, split_lengths(len(mel), ENCODE_SEGMENT)):
+            for row in codec.mel_rows(mel, split_lengths(len(mel), codec.encode_segment)):
                 coming.append(place)
                 yield row
 
