@@ -58,8 +58,9 @@ from mimo_fast.runtime.speech import pieces_to_say, read_request, say_pieces
 from mimo_fast.runtime.transcription import TranscriptStream, transcript_of
 from mimo_fast.sampling import DrawnSeed, MiMoSampler, MiMoStopper
 from mimo_fast.text import tasks
+from mimo_fast.text.context import Audio, Message, PromptContext, Template
 from mimo_fast.text.prompt import PackedPrompt, Segment, Segments, Speech, SpokenReply
-from mimo_fast.text.tasks import TASKS, Audio, Message, PromptContext, Template, find_task, voice_of
+from mimo_fast.text.tasks import TASKS, find_task, voice_of
 from mimo_fast.text.tokenizer import Tokenizer
 from mimo_fast.text.transcript import Transcript
 from mimo_fast.upstream.codec import AudioTokenizer

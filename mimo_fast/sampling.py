@@ -74,6 +74,9 @@ _TEXT = {
     "audio_understanding": MiMoSampler(do_sample=True, temperature=0.3, top_p=0.95),
     "text_chat": MiMoSampler(do_sample=True, temperature=0.4, top_p=0.95),
     "in_context_learning_s2s": MiMoSampler(do_sample=False, temperature=1.0, top_p=1.0),
+    # MiMo-Audio-Eval's, of the base model.
+    "qa": MiMoSampler(do_sample=False, temperature=1.0, top_p=1.0),
+    "mmlu": MiMoSampler(do_sample=False, temperature=1.0, top_p=1.0),
 }
 TASK_SAMPLERS: dict[str, dict[str, MiMoSampler]] = {
     task: {"global": sampler, "local": _SPEECH} for task, sampler in _TEXT.items()

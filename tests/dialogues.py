@@ -10,8 +10,12 @@ from torch import Tensor
 
 from mimo_fast import Chunk, MimoAudio
 from mimo_fast.generation import unflatten_ids
+from mimo_fast.text.tasks import TASKS
 
 GROUP = 4
+
+METHODS = tuple(name for name in TASKS if hasattr(MimoAudio, name))
+"""Tasks with a method of `MimoAudio`, as upstream has them."""
 
 
 def arguments(task: str, audio: list[Path]) -> list[Any]:
@@ -20,6 +24,7 @@ def arguments(task: str, audio: list[Path]) -> list[Any]:
     written = {"role": "assistant", "content": "Hi."}
     spoken = {"role": "assistant", "content": {"text": "Hi.", "audio": audio[0]}}
     example = {"input_audio": audio[1], "output_audio": audio[0], "output_transcription": "A fox."}
+    answered = {"audio": audio[0], "question": "What is said?", "answer": "A fox."}
     given: dict[str, list[Any]] = {
         "tts_sft": ["The quick brown fox."],
         "audio_understanding_sft": [audio[1], "What is said?"],
@@ -28,6 +33,10 @@ def arguments(task: str, audio: list[Path]) -> list[Any]:
         "text_dialogue_sft": ["Hi."],
         "text_dialogue_sft_multiturn": [[{"role": "user", "content": "Hi."}]],
         "in_context_learning_s2s": ["Convert the voice.", [example], audio[1]],
+        "instruction_following": ["Listen:<sound>What is said?", audio[1]],
+        "few_shots_qa": [[answered, {"audio": audio[1], "question": "And here?"}]],
+        "gen_text": [[{"text": "Q: 1? A: 1."}, {"speech": audio[1]}]],
+        "gen_speech": [[{"text": "Q: 1?"}, {"text": "A: 1.", "speech": audio[0]}]],
     }
     return given.get(task, [audio[1]])
 

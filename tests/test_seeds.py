@@ -13,7 +13,7 @@ from test_accelerate import Causal, kit_config, load_file
 
 from mimo_fast import MimoAudio, MiMoSampler, accelerate, generate
 from mimo_fast.sampling import DrawnSeed, fresh_seed
-from mimo_fast.text import tasks
+from mimo_fast.text.context import choose_template
 from mimo_fast.text.templates import ASR_TEMPLATES, TTS_TEMPLATES
 
 SPEECH = torch.linspace(-0.5, 0.5, 24000).sin()
@@ -161,7 +161,7 @@ def test_templates_are_the_ones_that_upstream_draws():
         random.seed(5)
         upstream = [random.choice(list(templates)) for _ in range(9)]
         random.seed(5)
-        assert [tasks.choose_template(templates, None, None) for _ in range(9)] == upstream
+        assert [choose_template(templates, None, None) for _ in range(9)] == upstream
 
 
 def test_a_second_turn_draws_anew_and_goes_on_from_a_seed_that_was_given(own):

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from mimo_fast.config import LMConfig
 from mimo_fast.text import tasks
+from mimo_fast.text.context import PromptContext
 from mimo_fast.text.prompt import Segments, Speech, SpokenReply, pack
-from mimo_fast.text.tasks import PromptContext
 from mimo_fast.text.tokenizer import Tokenizer
 
 from . import domain

@@ -21,8 +21,9 @@ from mimo_fast.runtime.examples import SAMPLE_RATE, TASK_KEYS, ExampleSet, read_
 from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.pipeline import Pipeline, check_limits
 from mimo_fast.runtime.transcription import TranscriptStream, transcript_of
+from mimo_fast.text.few_shot import done_likewise, shown_examples
 from mimo_fast.text.prompt import Segments, Speech
-from mimo_fast.text.tasks import TASKS, done_likewise, shown_examples
+from mimo_fast.text.tasks import TASKS
 from mimo_fast.text.templates import CONVERSIONS
 
 NAME = "in_context_learning_s2s"

@@ -25,7 +25,7 @@ from mimo_fast.audio.segments import levelled
 from mimo_fast.checkpoint.folder import check_new_folder, new_folder, write_json
 from mimo_fast.errors import AudioError, ConfigError, MimoFastError, PromptError
 from mimo_fast.json_files import read_json, shown
-from mimo_fast.text.tasks import MAX_EXAMPLES
+from mimo_fast.text.few_shot import MAX_EXAMPLES
 
 SECONDS = 30.0
 """Of one recording at most; all of them share the model's context."""

@@ -43,6 +43,7 @@ from mimo_fast.sampling import (
     one_seed,
     task_samplers,
 )
+from mimo_fast.text.context import Audio, PromptContext, encoded_speech
 from mimo_fast.text.prompt import (
     PackedPrompt,
     PendingSpeech,
@@ -53,7 +54,7 @@ from mimo_fast.text.prompt import (
     whole_frames,
     whole_patches,
 )
-from mimo_fast.text.tasks import Audio, PromptContext, Task, encoded_speech
+from mimo_fast.text.tasks import Task
 from mimo_fast.text.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 8192

@@ -16,10 +16,11 @@ from mimo_fast.runtime.engine.request import FinishReason
 from mimo_fast.runtime.engine.stream import Chunk, ChunkStream, Listening, Timing
 from mimo_fast.runtime.lm.decode import Group
 from mimo_fast.runtime.pipeline import Pipeline
+from mimo_fast.text.context import PromptContext
 from mimo_fast.text.prompt import Speech
 from mimo_fast.text.sentences import split_to_say
 from mimo_fast.text.spelling import spell
-from mimo_fast.text.tasks import TASKS, PromptContext, tts, voice_of
+from mimo_fast.text.tasks import TASKS, tts, voice_of
 
 FADE = 0.01
 """Seconds that a piece fades in and out for, where another one precedes or follows."""

@@ -24,8 +24,9 @@ from mimo_fast.runtime.engine.voicing import ReplyReader
 from mimo_fast.runtime.lm.decode import Samplers
 from mimo_fast.runtime.pipeline import Pipeline, check_limits
 from mimo_fast.sampling import one_seed
+from mimo_fast.text.context import Template, choose_template
 from mimo_fast.text.prompt import Speech
-from mimo_fast.text.tasks import TASKS, Template, asr_templates, choose_template
+from mimo_fast.text.tasks import TASKS, asr_templates
 from mimo_fast.text.transcript import Transcript, TranscriptSegment, join
 
 TASK = TASKS["asr_sft"]

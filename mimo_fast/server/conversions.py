@@ -43,7 +43,7 @@ from mimo_fast.server.requests import (
 )
 from mimo_fast.server.service import Service, heard
 from mimo_fast.server.worker import Stream
-from mimo_fast.text.tasks import MAX_EXAMPLES
+from mimo_fast.text.few_shot import MAX_EXAMPLES
 
 FIELDS_OF_EXAMPLE = "example_before[]", "example_after[]", "example_text[]"
 

@@ -5,109 +5,38 @@ Wording, segment boundaries (each is tokenized on its own) and templates are ups
 arguments. `TASKS` adds how a task's reply is decoded.
 """
 
-import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial, wraps
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any, Concatenate, ParamSpec, Protocol
+from typing import Any, cast
 
-from mimo_fast.architectures import MIMO_AUDIO, Architecture
-from mimo_fast.audio.files import AudioSource
+from mimo_fast.architectures import Architecture
 from mimo_fast.errors import PromptError
-from mimo_fast.json_files import shown
-from mimo_fast.text.prompt import Joined, Segment, Segments, Speech, SpokenReply, UserText, Written
+from mimo_fast.json_files import cut, shown
+from mimo_fast.text.context import (
+    Audio,
+    Message,
+    PromptContext,
+    Template,
+    task_named,
+    thoughts,
+)
+from mimo_fast.text.few_shot import few_shots_qa, gen_speech, gen_text, in_context_learning_s2s
+from mimo_fast.text.prompt import Joined, Segment, Segments, Speech, SpokenReply, Written
 from mimo_fast.text.spelling import spell
 from mimo_fast.text.templates import ASR_TEMPLATES, ASR_TEMPLATES_IN, TTS_TEMPLATES
 from mimo_fast.text.tokenizer import SpecialIds
 
-MAX_EXAMPLES = 16
-"""Number of in-context examples that the report evaluates with (section 3.3)."""
-
 VOICE_IS = "Your voice should be:", "你的音色应该是："
 """What precedes a voice prompt, in dialogues and for texts."""
 
-Arguments = ParamSpec("Arguments")
+THINK_FIRST = "You can think about the question briefly and then answer it."
+"""How MiMo-Audio-Eval asks for thoughts."""
 
-Audio = AudioSource | Speech
-Message = Mapping[str, Any]
-Template = int | str | None
-"""A wording, its index in upstream's list, or None for one drawn at random."""
-
-
-class Encode(Protocol):
-    """Audio -> its codes; an open segment ends where the recording does, and is to be continued."""
-
-    def __call__(self, audio: Audio, closed: bool = True) -> Speech: ...
-
-
-def encoded_speech(audio: Audio, closed: bool = True) -> Speech:
-    """`Encode` without a codec, for speech that is encoded already."""
-    if not isinstance(audio, Speech):
-        raise PromptError(f"encoding a {type(audio).__name__} needs a codec")
-    return audio if closed else replace(audio, closed=False)
-
-
-@dataclass(frozen=True)
-class PromptContext:
-    """What a prompt depends on besides the arguments of its task.
-
-    Args:
-        encode: audio -> codes.
-        trained_words: the only words that the model can say, if it was trained on so few.
-        seed: of the draw of a template; None draws from Python's `random`, as upstream does.
-        continued: earlier turns precede, so instruction and voice are not repeated.
-        special_tokens: special tokens that a caller writes in a text are tokens, as upstream's are,
-            and not text.
-        architecture: of the checkpoint, which decides what it can be asked.
-    """
-
-    encode: Encode = encoded_speech
-    trained_words: frozenset[str] = frozenset()
-    seed: int | None = None
-    continued: bool = False
-    special_tokens: bool = False
-    architecture: Architecture = MIMO_AUDIO
-
-    def text(self, typed: str) -> Written:
-        """A caller's text. Raises PromptError where it is something else."""
-        written = UserText(typed)
-        return written.text if self.special_tokens else written
-
-    def wording(self, templates: Sequence[str], template: Template) -> Written:
-        """A template, see `choose_template`; a wording of the caller's own is a caller's text."""
-        chosen = choose_template(templates, template, self.seed)
-        return chosen if chosen in templates else self.text(chosen)
-
-    def voice(self, audio: Audio | None) -> Speech | None:
-        """Speech in the voice to use. Upstream takes an empty path for none."""
-        if audio is None or (isinstance(audio, str) and not audio):
-            return None
-        return self.encode(audio)
-
-
-def _named(
-    name: str,
-) -> Callable[
-    [Callable[Concatenate[PromptContext, Arguments], Segments]],
-    Callable[Concatenate[PromptContext, Arguments], Segments],
-]:
-    """The function is the task of that name: it refuses a context whose architecture lacks it."""
-
-    def named(
-        task: Callable[Concatenate[PromptContext, Arguments], Segments],
-    ) -> Callable[Concatenate[PromptContext, Arguments], Segments]:
-        @wraps(task)
-        def prompt(
-            context: PromptContext, *arguments: Arguments.args, **named: Arguments.kwargs
-        ) -> Segments:
-            context.architecture.check_task(name)
-            return task(context, *arguments, **named)
-
-        return prompt
-
-    return named
+SOUND = "<sound>"
+"""Where a recording stands in the text of `instruction_following`."""
 
 
 def asr_templates(architecture: Architecture, audio_tag: str) -> Sequence[str]:
@@ -120,7 +49,7 @@ def asr_templates(architecture: Architecture, audio_tag: str) -> Sequence[str]:
     return ASR_TEMPLATES if language is None else ASR_TEMPLATES_IN[language]
 
 
-@_named("asr_sft")
+@task_named("asr_sft")
 def asr(
     context: PromptContext, input: Audio, audio_tag: str = "", template: Template = None
 ) -> Segments:
@@ -131,10 +60,10 @@ def asr(
     templates = asr_templates(context.architecture, audio_tag)
     speech = context.encode(input)
     words = context.wording(templates, template)
-    return [*_user(speech, words), "<|im_start|>assistant\n", f"{_think(False)}{audio_tag}"]
+    return [*_user(speech, words), "<|im_start|>assistant\n", f"{thoughts(False)}{audio_tag}"]
 
 
-@_named("tts_sft")
+@task_named("tts_sft")
 def tts(
     context: PromptContext,
     input: str,
@@ -167,17 +96,45 @@ def tts(
     return ["<|im_start|>system\n", *system, "<|im_end|>\n", *turn]
 
 
-@_named("audio_understanding_sft")
+@task_named("audio_understanding_sft")
 def audio_understanding(
     context: PromptContext, input_speech: Audio, input_text: str, thinking: bool = False
 ) -> Segments:
     """Answer a question about a recording, in text."""
     speech = context.encode(input_speech)
     question = context.text(input_text)
-    return [*_user(speech, question), "<|im_start|>assistant\n", _think(thinking)]
+    return [*_user(speech, question), "<|im_start|>assistant\n", thoughts(thinking)]
 
 
-@_named("spoken_dialogue_sft")
+@task_named("instruction_following")
+def instruction_following(
+    context: PromptContext,
+    input_text: str,
+    input_speech: Audio | Sequence[Audio],
+    thinking: bool = False,
+) -> Segments:
+    """Answer a question about recordings, in text, as MiMo-Audio-Eval asks it.
+
+    Args:
+        input_text: has "<sound>" where each recording belongs, a part of the text a segment.
+        thinking: to be thought about first, which a segment of its own asks for.
+
+    Source: MiMo-Audio-Eval, `format_instruction_template`.
+    """
+    one = isinstance(input_speech, str | bytes) or not isinstance(input_speech, Sequence)
+    recordings = [cast(Audio, input_speech)] if one else cast(Sequence[Audio], input_speech)
+    parts = input_text.split(SOUND)
+    if len(parts) != len(recordings) + 1:
+        found = f"{len(parts) - 1} places of {SOUND} for {len(recordings)} recordings"
+        raise PromptError(f"the text has {found}: write one for each")
+    contents = list[Written | Speech]()
+    for i, part in enumerate(parts):
+        contents += [context.text(part)] if part else []
+        contents += [context.encode(recordings[i])] if i < len(recordings) else []
+    return text_reply([("user", [*contents, *([THINK_FIRST] if thinking else [])])], thinking)
+
+
+@task_named("spoken_dialogue_sft")
 def spoken_dialogue(
     context: PromptContext,
     input_speech: Audio,
@@ -192,7 +149,7 @@ def spoken_dialogue(
     return [*voice_system(voice), *user, "<|im_start|>assistant\n<|sostm|>"]
 
 
-@_named("spoken_dialogue_sft_multiturn")
+@task_named("spoken_dialogue_sft_multiturn")
 def spoken_dialogue_multiturn(
     context: PromptContext,
     message_list: Sequence[Message],
@@ -219,7 +176,7 @@ def spoken_dialogue_multiturn(
     return [*voice, *turns, "<|im_start|>assistant\n<|sostm|>"]
 
 
-@_named("speech2text_dialogue_sft")
+@task_named("speech2text_dialogue_sft")
 def speech2text_dialogue(
     context: PromptContext, input_speech: Audio, thinking: bool = False
 ) -> Segments:
@@ -227,7 +184,7 @@ def speech2text_dialogue(
     return text_reply([("user", [context.encode(input_speech)])], thinking)
 
 
-@_named("speech2text_dialogue_sft_multiturn")
+@task_named("speech2text_dialogue_sft_multiturn")
 def speech2text_dialogue_multiturn(
     context: PromptContext, message_list: Sequence[Message], thinking: bool = False
 ) -> Segments:
@@ -241,13 +198,13 @@ def speech2text_dialogue_multiturn(
     return text_reply(turns, thinking)
 
 
-@_named("text_dialogue_sft")
+@task_named("text_dialogue_sft")
 def text_dialogue(context: PromptContext, input_text: str, thinking: bool = False) -> Segments:
     """Answer text in text."""
     return text_reply([("user", [context.text(input_text)])], thinking)
 
 
-@_named("text_dialogue_sft_multiturn")
+@task_named("text_dialogue_sft_multiturn")
 def text_dialogue_multiturn(
     context: PromptContext, message_list: Sequence[Message], thinking: bool = False
 ) -> Segments:
@@ -256,46 +213,7 @@ def text_dialogue_multiturn(
     return text_reply(turns, thinking)
 
 
-@_named("in_context_learning_s2s")
-def in_context_learning_s2s(
-    context: PromptContext,
-    instruction: str,
-    prompt_examples: Sequence[Mapping[str, Any]],
-    audio: Audio,
-) -> Segments:
-    """Speech to speech by example, on the base model.
-
-    Examples have input_audio, output_audio and output_transcription.
-    """
-    shown = shown_examples(context, instruction, prompt_examples)
-    return [*shown, *done_likewise(context.encode(audio))]
-
-
-def shown_examples(
-    context: PromptContext, instruction: str, prompt_examples: Sequence[Mapping[str, Any]]
-) -> Segments:
-    """The beginning of `in_context_learning_s2s`, which requests by the same examples share."""
-    for example in prompt_examples:
-        missing = {"input_audio", "output_audio", "output_transcription"} - set(example)
-        if missing:
-            raise PromptError(f"an example needs {', '.join(sorted(missing))} as well")
-    if len(prompt_examples) > MAX_EXAMPLES:
-        found = len(prompt_examples)
-        raise PromptError(f"at most {MAX_EXAMPLES} examples are supported, not {found}")
-    segments: Segments = [Joined(["[Int]:", context.text(instruction), "\n"])]
-    for example in prompt_examples:
-        source, target = (context.encode(example[key]) for key in ("input_audio", "output_audio"))
-        reply = SpokenReply(context.text(example["output_transcription"]), target.codes)
-        segments += [source, "\n", reply, " \n\n"]
-    return segments
-
-
-def done_likewise(speech: Speech) -> Segments:
-    """The end of `in_context_learning_s2s`: what is to be done as the examples show."""
-    return [speech, "\n", "<|sostm|>"]
-
-
-@_named("speech_continuation")
+@task_named("speech_continuation")
 def speech_continuation(context: PromptContext, audio: Audio) -> Segments:
     """Carry a recording on, with the base model: an open segment (report, section 3.3.2)."""
     return [context.encode(audio, closed=False)]
@@ -336,6 +254,10 @@ TASKS: dict[str, Task] = {
     ),
     "text_dialogue_sft": _in_text(text_dialogue, "text_chat"),
     "text_dialogue_sft_multiturn": _in_text(text_dialogue_multiturn, "text_chat"),
+    "instruction_following": _in_text(instruction_following, "audio_understanding"),
+    "few_shots_qa": Task(few_shots_qa, "qa", ("eos", "sosp"), speaks=False),
+    "gen_text": Task(gen_text, "mmlu", ("eos",), speaks=False),
+    "gen_speech": Task(gen_speech, "mmlu", ("eos", "eostm"), speaks=True),
     "in_context_learning_s2s": Task(
         in_context_learning_s2s, "in_context_learning_s2s", ("eos", "eostm"), speaks=True
     ),
@@ -343,7 +265,7 @@ TASKS: dict[str, Task] = {
         speech_continuation, "speech_continuation", ("eos", "eosp"), speaks=True
     ),
 }
-"""Task by the name of upstream's method."""
+"""Task by the name of upstream's method; of MiMo-Audio-Eval's, for which `MimoAudio` has none."""
 
 
 def find_task(name: str) -> Task:
@@ -355,7 +277,7 @@ def find_task(name: str) -> Task:
     for known in (name, f"{name}_sft", name.replace("_multiturn", "_sft_multiturn")):
         if known in TASKS:
             return TASKS[known]
-    raise ValueError(f"no task {shown(name)}; there are {', '.join(TASKS)}")
+    raise ValueError(f"no task {cut(shown(name), 80)}; there are {', '.join(TASKS)}")
 
 
 def voice_system(voice: Speech | None) -> Segments:
@@ -379,22 +301,6 @@ def voice_of(segments: Segments) -> Speech | None:
 def capitalize(text: str) -> str:
     """Text all in one case is capitalized, as the model was tuned (upstream `preprocess_input`)."""
     return text.capitalize() if text.isupper() or text.islower() else text
-
-
-def choose_template(templates: Sequence[str], template: Template, seed: int | None) -> str:
-    """A template by its text, by its index, or drawn: with a seed, or from Python's `random`.
-
-    Raises:
-        PromptError: there is no template of that index.
-    """
-    if template is None:
-        return (random if seed is None else random.Random(seed)).choice(templates)
-    if isinstance(template, str):
-        return template
-    last = len(templates) - 1
-    if not -len(templates) <= template <= last:
-        raise PromptError(f"there are {len(templates)} templates, 0 to {last}; not {template}")
-    return templates[template]
 
 
 def role_of(message: Any) -> str:
@@ -436,11 +342,7 @@ def text_reply(
     segments: Segments = []
     for role, contents in turns:
         segments += [f"<|im_start|>{role}\n", *contents, "<|im_end|>\n"]
-    return [*segments, "<|im_start|>assistant\n", _think(thinking)]
-
-
-def _think(thinking: bool) -> str:
-    return "<think>\n" if thinking else "<think>\n\n</think>\n"
+    return [*segments, "<|im_start|>assistant\n", thoughts(thinking)]
 
 
 def _spelled(text: str) -> str:

@@ -12,8 +12,9 @@ import mimo_fast
 from mimo_fast import MimoAudio, PromptError, Session
 from mimo_fast.runtime.pipeline import Pipeline
 from mimo_fast.runtime.transcription import TranscriptStream
+from mimo_fast.text.context import PromptContext
 from mimo_fast.text.prompt import Speech
-from mimo_fast.text.tasks import TASKS, PromptContext, asr
+from mimo_fast.text.tasks import TASKS, asr
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mimo_fast import AudioError, MimoAudio, PromptError, load_audio
 from mimo_fast.text import prompt, tasks
+from mimo_fast.text.context import PromptContext, choose_template
 from mimo_fast.text.prompt import Speech, SpokenReply
-from mimo_fast.text.tasks import PromptContext
 from mimo_fast.text.templates import ASR_TEMPLATES, TTS_TEMPLATES
 
 GROUP, FRAME = 4, 960
@@ -126,12 +126,12 @@ class TestPack:
 
 class TestTemplates:
     def test_by_text_by_index_by_seed(self):
-        assert tasks.choose_template(ASR_TEMPLATES, "My own", None) == "My own"
-        assert tasks.choose_template(ASR_TEMPLATES, 3, 1) == ASR_TEMPLATES[3]
-        drawn = [tasks.choose_template(ASR_TEMPLATES, None, seed) for seed in range(200)]
-        assert drawn == [tasks.choose_template(ASR_TEMPLATES, None, seed) for seed in range(200)]
+        assert choose_template(ASR_TEMPLATES, "My own", None) == "My own"
+        assert choose_template(ASR_TEMPLATES, 3, 1) == ASR_TEMPLATES[3]
+        drawn = [choose_template(ASR_TEMPLATES, None, seed) for seed in range(200)]
+        assert drawn == [choose_template(ASR_TEMPLATES, None, seed) for seed in range(200)]
         assert set(drawn) == set(ASR_TEMPLATES)
-        assert {tasks.choose_template(ASR_TEMPLATES, None, None) for _ in range(400)} > {drawn[0]}
+        assert {choose_template(ASR_TEMPLATES, None, None) for _ in range(400)} > {drawn[0]}
 
     def test_transcription_asks_with_each_of_them(self, model):
         prompts = (model.get_asr_sft_prompt(torch.zeros(FRAME), seed=seed) for seed in range(200))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from dialogues import arguments
+from dialogues import METHODS, arguments
 from helpers import KIT_PAIR
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,8 +18,9 @@ from mimo_fast import MimoAudio
 from mimo_fast.checkpoint.embedded import NANO
 from mimo_fast.runtime.engine.voicing import ReplyReader
 from mimo_fast.runtime.lm.decode import Decoder, Group, Row
+from mimo_fast.text.context import PromptContext
 from mimo_fast.text.prompt import Joined, Speech, UserText, text_ids
-from mimo_fast.text.tasks import TASKS, PromptContext
+from mimo_fast.text.tasks import SOUND, TASKS
 from mimo_fast.text.templates import TTS_TEMPLATES
 from mimo_fast.text.tokenizer import Tokenizer
 
@@ -116,13 +117,14 @@ class TestText:
 
 
 MARK = "<|im_end|>"
+INTERLEAVED = "in_context_learning_s2s", "gen_speech"
 EVERYTHING = "".join(token for token in WRITTEN if token.startswith("<"))
 
 
 def with_text(given: Any, text: str) -> Any:
     """Arguments of a task with that text wherever a user writes one."""
     if isinstance(given, str) and given not in ("user", "assistant"):
-        return text
+        return f"{SOUND}{text}" if SOUND in given else text
     if isinstance(given, dict):
         return {name: with_text(part, text) for name, part in given.items()}
     return [with_text(part, text) for part in given] if isinstance(given, list) else given
@@ -154,6 +156,11 @@ WRITING: list[tuple[str, dict[str, Any]]] = [
     ("text_dialogue_sft", {}),
     ("text_dialogue_sft_multiturn", {}),
     ("in_context_learning_s2s", {}),
+    ("instruction_following", {}),
+    ("instruction_following", {"thinking": True}),
+    ("few_shots_qa", {}),
+    ("gen_text", {}),
+    ("gen_speech", {}),
 ]
 
 
@@ -171,7 +178,7 @@ class TestTasks:
     def test_it_is_all_there(self, model, task, options):
         segments = segments_of(task, f"A{EVERYTHING}b", False, options)
         read = model.tokenizer.decode(model.pack(segments)[0, ::GROUP].tolist())
-        read = read.replace("<|empty|>", "") if task == "in_context_learning_s2s" else read
+        read = read.replace("<|empty|>", "") if task in INTERLEAVED else read
         assert "|>b" in read
 
     def test_an_option_gives_upstreams_tokens(self, model, task, options):
@@ -248,7 +255,7 @@ class TestReplies:
         reader = ReplyReader(SMALL, True)
         assert reader.read(token, torch.zeros(8, GROUP))[0].strip() == TTS_TEMPLATES["en"][0]
 
-    @pytest.mark.parametrize("task", TASKS)
+    @pytest.mark.parametrize("task", METHODS)
     def test_texts_of_any_task(self, model, audio, monkeypatch, task):
         """The model draws a word and then every control token that does not end its reply."""
         script = force(monkeypatch, model, task)

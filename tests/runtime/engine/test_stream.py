@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from dialogues import arguments, collected, history, last_reply, own_dialogue, same
+from dialogues import METHODS, arguments, collected, history, last_reply, own_dialogue, same
 from helpers import snr_db, watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,7 +71,7 @@ def sound(chunks: list[Chunk]) -> Tensor:
     return torch.cat([chunk.audio for chunk in chunks])
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", METHODS)
 def test_a_stream_equals_the_whole_reply(own, audio, golden, task):
     new = 48 if TASKS[task].speaks else 16
     options = fixed(new, seed=2)
