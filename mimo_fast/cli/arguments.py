@@ -279,6 +279,8 @@ def _check_talk(args: argparse.Namespace) -> None:
         error("--input takes the microphone's place: leave out --device-in")
     if args.output and args.device_out:
         error("--output takes the speaker's place: leave out --device-out")
+    if args.mark and args.server:
+        error("--mark is for the model in this process: start the server with --mark")
     if args.echo_cancel and (args.input or args.output):
         error("--echo-cancel needs a microphone and a speaker, not --input or --output")
     for option in ("output", "save"):

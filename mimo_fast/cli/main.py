@@ -416,6 +416,7 @@ def _add_talk_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instructions", metavar="TEXT", help="how to reply")
     by_hand = "space begins and ends what you say [pauses do]"
     parser.add_argument("--push", action="store_true", help=by_hand)
+    _add_mark(parser, "; with --server it is the server's to do")
     sound = parser.add_argument_group("sound")
     chosen = "number, or part of the name [the default]"
     sound.add_argument("--device-in", metavar="DEVICE", help=f"microphone: {chosen}")
@@ -549,9 +550,13 @@ def _add_thinking(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--thinking", action="store_true", help=help)
 
 
-def _add_marks(parser: argparse.ArgumentParser, note: str = "") -> None:
+def _add_mark(parser: argparse.ArgumentParser, note: str = "") -> None:
     heard = "put a watermark into what is said, which detect finds and some people hear"
     parser.add_argument("--mark", action="store_true", help=f"{heard}{note}")
+
+
+def _add_marks(parser: argparse.ArgumentParser, note: str = "") -> None:
+    _add_mark(parser, note)
     pem = "sign files with your certificate (C2PA): made by a model, by which, with whose consent"
     parser.add_argument("--sign", nargs=2, type=path, metavar=("CERT", "KEY"), help=pem)
 

@@ -82,6 +82,12 @@ def test_standard_output_is_marked(tmp_path, capsysbinary):
     assert torch.equal(heard, whole)
 
 
+def test_a_talk_is_marked(tmp_path):
+    output = tmp_path / "replies.wav"
+    assert run("talk", "--mark", "--input", QUESTION, "--output", output) == 0
+    assert confidence(output) > 0.95
+
+
 def test_detect(tmp_path, capsys, pem):
     said, other = tmp_path / "said.flac", tmp_path / "other.wav"
     assert run("tts", "seven forty two", "--mark", "--sign", *pem, "-o", said) == 0
@@ -133,6 +139,7 @@ def test_consent_notes_are_kept_as_hashes(tmp_path, pem):
     [
         (("tts", "seven", "-o", "a.ogg", "--sign", "c", "k"), "--sign needs a file that holds"),
         (("tts", "seven", "-o", "-", "--sign", "c", "k"), "--sign goes with -o FILE"),
+        (("talk", "--mark", "--server", "http://127.0.0.1:1"), "start the server with --mark"),
         (("chat", "hello", "--text", "--mark"), "--mark and --sign are for speech"),
     ],
 )

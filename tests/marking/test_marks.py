@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from chains import credentials
+from conversions import ASKED, answered
 
 import mimo_fast
 from mimo_fast.audio.files import load_audio
@@ -57,6 +58,12 @@ def test_every_way_to_a_file_is_marked(plain, marking, tmp_path):
     for each in files:
         assert confidence(each) > 0.98
     assert len(load_audio(files[0], RATE)) == len(wav)
+
+
+def test_conversions_are_marked(marking, tmp_path):
+    examples, output = answered(marking, tmp_path), tmp_path / "a.wav"
+    mimo_fast.convert(marking, ASKED, examples, instruction="answer", seed=1, output=output)
+    assert confidence(output) > 0.95
 
 
 def test_copies_of_a_model_mark_too(marking):
