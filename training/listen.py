@@ -58,18 +58,14 @@ def channel() -> str:
 class Listener:
     """The recogniser as a plug-in of `mimo-fast eval`.
 
-    It has heard nothing before, and gets used to the channel in the order in which it is asked, as
-    where nano's card was measured. One that is made anew, after an interruption, does so from where
-    it goes on, and may hear a word or two otherwise.
+    It hears each recording as if it were its first, so that an evaluation that was interrupted goes
+    on with what it would have heard.
     """
-
-    def __init__(self) -> None:
-        _decoder().set_cmn(UNHEARD)
 
     def __call__(self, audio: Path, language: str) -> str:
         if language != "en":
             raise MimoFastError(f"this recogniser knows English alone, not {language!r:.20}")
-        return recognise(load_audio(audio, RATE), RATE)
+        return recognise(load_audio(audio, RATE), RATE, UNHEARD)
 
 
 def word_errors(got: str, want: str) -> int:

@@ -37,13 +37,14 @@ def report_of(
         limit: items of the set that were asked for; None for all.
     """
     asked, answers = evaluation.asked, evaluation.answers
+    used = {name for each in evaluation.measured for name in each.measure.needs}
     errors = [answer for answer in answers if answer.error is not None]
     return {
         "title": asked.set.title,
         **evaluation.about,
         "normaliser": asked.options.normaliser,
         "runtime": EVALUATED if asked.as_evaluated else RELEASED,
-        "tools": dict(tools),
+        "tools": {kind: name for kind, name in tools.items() if kind in used},
         "limit": limit,
         "answers": len(answers),
         "errors": [{"id": each.item.id, "error": each.error} for each in errors],

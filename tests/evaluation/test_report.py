@@ -88,6 +88,7 @@ def test_remarks():
     assert RELEASED in text
     assert EVALUATED in table_of(report(as_evaluated=True))
     assert "by the model itself" in table_of(report({"recogniser": "self"}))
+    assert report({"recogniser": "a:b", "judge": "c:d"})["tools"] == {"recogniser": "a:b"}
     partly = evaluation()
     failed = replace(partly.measured[0], failed=["no answer", "nor here"])
     text = table_of(report_of(replace(partly, measured=[failed]), {}, "cpu"))
