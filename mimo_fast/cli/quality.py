@@ -4,7 +4,6 @@ import argparse
 import json
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from mimo_fast.cli.reports import report as report_error
 from mimo_fast.cli.reports import say
 from mimo_fast.config import PathLike
 from mimo_fast.errors import EvaluationError, MimoFastError
-from mimo_fast.evaluation.items import Recogniser
+from mimo_fast.evaluation.plugins import SELF, load_plugin
+from mimo_fast.evaluation.rates import evaluation_package
 from mimo_fast.quality.advice import Bounds
 from mimo_fast.quality.material import read_recordings
 from mimo_fast.quality.measure import FORMATS, Study, measure
@@ -38,7 +38,11 @@ def run(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     recordings = read_recordings(args.audio or (), args.text_of)
     known = [each.words for each in recordings if each.words is not None]
-    recogniser = None if args.recogniser is None else load_plugin("recogniser", args.recogniser)
+    # Before a model is loaded: without them nothing can be told of any format.
+    for package in ("jiwer", "zhon"):
+        evaluation_package(package)
+    own = args.recogniser in (None, SELF)
+    recogniser = None if own else load_plugin("recogniser", args.recogniser)
     args.model, args.codec = find_pair(args)
     if open_lm(find(args.model, load_options(args))).stored:
         raise MimoFastError(
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         args.target,
         args.spoken,
         recogniser,
-        args.recogniser,
+        None if own else args.recogniser,
         args.seed or 0,
         args.max_tokens,
         replace(Bounds(), words=args.margin / 100),
@@ -63,16 +67,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _named(part: PathLike) -> str:
     return NAME if Path(part).parent == NANO else str(part)
-
-
-def load_plugin(kind: str, given: str) -> Recogniser:
-    """A function by its import path, package.module:name."""
-    module, _, name = given.partition(":")
-    try:
-        found: Any = getattr(import_module(module), name)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise EvaluationError(f"--{kind} {given:.80} cannot be imported: {error}") from error
-    return found() if isinstance(found, type) else found
 
 
 def _write(found: dict[str, Any], args: argparse.Namespace) -> None:

@@ -12,16 +12,22 @@ from tqdm import tqdm
 
 from mimo_fast.audio.files import load_audio
 from mimo_fast.errors import AudioError
+from mimo_fast.evaluation.rates import errors_of, normalise
 from mimo_fast.evaluation.voices import RATE, Resemblyzer, dnsmos
-from mimo_fast.quality.words import word_errors
 
 Files = Sequence[Path | None]
 
 
 def words_of(heard: Sequence[str], references: Sequence[str], language: str) -> dict[str, Any]:
-    """Words wrong in each utterance, words of each reference, and the rate of all together."""
-    pairs = [word_errors(want, got, language) for got, want in zip(heard, references, strict=True)]
-    errors, words = [each for each, _ in pairs], [each for _, each in pairs]
+    """Words wrong in each utterance, words of each reference, and the rate of all together.
+
+    In Chinese characters. Both are normalised as MiMo-Audio-Eval does.
+    """
+    found = [
+        errors_of(normalise(want, language), normalise(got, language))
+        for got, want in zip(heard, references, strict=True)
+    ]
+    errors, words = [each.count for each in found], [each.words for each in found]
     rate = sum(errors) / sum(words) if sum(words) else None
     return {"rate": rate, "errors": errors, "words": words, "heard": [*heard]}
 

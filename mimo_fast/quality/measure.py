@@ -89,7 +89,7 @@ def measure(study: Study, load: Load, device: torch.device) -> Record:
     peak = PeakMemory(device)
     model = load(None)
     name = str(model.lm.dtype).removeprefix("torch.")
-    speaks = bool(study.texts) and can(model, "tts_sft")
+    speaks, transcribes = bool(study.texts) and can(model, "tts_sft"), can(model, "asr_sft")
     lessons = [*own_sequences(model, _waves(study), study.texts[:COMPARED])]
     reference = [teacher_forced(model.lm, each) for each in lessons]
     voices = voices_of(model, study.recordings, study.texts)
@@ -116,14 +116,14 @@ def measure(study: Study, load: Load, device: torch.device) -> Record:
         found[other]["heads"] = [_head(each) for each in heads]
         del model
     _free()
-    unmeasured = _reasons(study, speaks)
+    unmeasured = _reasons(study, speaks, transcribes)
     references = _references(study, found[name])
     for each in found.values():
         heard = each.pop("transcripts")
         if heard:
             texts = [text for text, _ in references]
             each["hearing"] = judged.words_of(heard, texts, study.language)
-    if speaks:
+    if "speech" not in unmeasured:
         _hear(study, load, found, files)
     _judge(study, found, files, trips, voices, unmeasured)
     report: Record = {
@@ -311,17 +311,20 @@ def _judge_voices(
         trip["voice"] = judged.likeness(made, recorded[: len(made)])
 
 
-def _reasons(study: Study, speaks: bool) -> dict[str, str]:
+def _reasons(study: Study, speaks: bool, transcribes: bool) -> dict[str, str]:
     """Why parts are not there."""
-    reasons = dict[str, str]()
+    reasons, untrained = dict[str, str](), "the model was not trained to transcribe"
     if not study.recordings:
         reasons["hearing"] = reasons["streaming"] = "no recordings were given (--audio)"
-    if not study.texts:
-        missing = "no texts were given (--text, or the words of recordings)"
-        reasons |= dict.fromkeys(("speech", "voice", "sound"), missing)
-    elif not speaks:
+    elif not transcribes:
+        reasons["hearing"] = untrained
+    if not speaks:
         missing = "the model was not trained to say texts"
+        if not study.texts:
+            missing = "no texts were given (--text, or the words of recordings)"
         reasons |= dict.fromkeys(("speech", "voice", "sound"), missing)
+    elif not transcribes and study.recogniser is None:
+        reasons["speech"] = f"{untrained}, so nobody listens: give --recogniser"
     return reasons
 
 

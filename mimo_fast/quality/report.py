@@ -191,8 +191,8 @@ def _listening(report: Report) -> Iterator[str]:
         heard = []
         for name, each in formats.items():
             file = f"audio/{name}/text-{i + 1:03}.wav"
-            words = _cell(each["speech"]["heard"][i])
-            heard.append(f"[{words or 'nothing'}]({file})" if words else words or "nothing")
+            words = _cell(each["speech"]["heard"][i]) if "speech" in each else "listen"
+            heard.append(f"[{words}]({file})" if words else "nothing")
         rows.append([_cell(text), *heard])
     yield table(["text", *(f"heard in {name}" for name in formats)], rows)
 

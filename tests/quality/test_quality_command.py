@@ -25,6 +25,7 @@ def compared(tmp_path, *arguments):
     return code, json.loads(file.read_text()) if file.exists() else None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_judges")
 def test_the_report_is_whole_and_its_advice_follows_from_its_figures(capsys, tmp_path):
     (tmp_path / "a.txt").write_text("seven of them", encoding="utf-8")
@@ -113,6 +114,26 @@ def test_missing_packages_leave_figures_out_and_say_so(capsys, tmp_path, monkeyp
     err = capsys.readouterr().err
     assert "not measured: voice: it needs the package x" in err
     assert not [*(tmp_path / "report").glob("*.png")]
+
+
+@pytest.mark.parametrize(
+    ("recordings", "texts", "speaks", "transcribes", "ears", "missing"),
+    [
+        (1, 1, True, True, False, {}),
+        (0, 1, True, True, False, {"hearing", "streaming"}),
+        (1, 0, False, True, False, {"speech", "voice", "sound"}),
+        (1, 1, False, True, False, {"speech", "voice", "sound"}),
+        (1, 1, True, False, False, {"hearing", "speech"}),
+        (1, 1, True, False, True, {"hearing"}),
+    ],
+)
+def test_what_is_missing_has_a_reason(
+    tmp_path, recordings, texts, speaks, transcribes, ears, missing
+):
+    recogniser = (lambda *_: "") if ears else None
+    given = [None] * recordings, ["Hi."] * texts
+    study = measure.Study(*given, ["int8"], tmp_path, recogniser=recogniser)
+    assert set(measure._reasons(study, speaks, transcribes)) == set(missing)
 
 
 @pytest.mark.slow
