@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from mimo_fast.errors import EvaluationError
@@ -191,8 +190,6 @@ class Words:
         label = RATES[self.language]
         if empty := sum(not one.words for one in each):
             note += f"; {empty} empty references, of which each insertion counts as one word"
-        if self.heard and self.language == "zh" and find_spec("zhconv") is None:
-            note += "; traditional characters are not made simplified ones (pip install zhconv)"
         return {
             f"{label}, {MEAN}{suffix}": Figure(100 * mean, "%", len(each), "lower"),
             f"{label}, {CORPUS}{suffix}": Figure(100 * corpus, "%", len(each), "lower", note),
@@ -200,10 +197,5 @@ class Words:
 
 
 def _simplified(text: str) -> str:
-    """A recogniser's Chinese in simplified characters, as MiMo-Audio-Eval compares it.
-
-    Without the package zhconv, which no extra brings, as it is.
-    """
-    if find_spec("zhconv") is None:
-        return text
-    return str(import_module("zhconv").convert(text, "zh-cn"))
+    """A recogniser's Chinese in simplified characters, as MiMo-Audio-Eval compares it."""
+    return str(evaluation_package("zhconv").convert(text, "zh-cn"))
