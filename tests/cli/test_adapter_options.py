@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 import mimo_fast
 from mimo_fast.cli.arguments import check_arguments
 from mimo_fast.cli.common import load_options
-from mimo_fast.cli.main import build_parser, main
+from mimo_fast.cli.main import main
+from mimo_fast.cli.parser import build_parser
 from mimo_fast.runtime.engine.engine import Engine
 
 MODEL = PAIR[:2]

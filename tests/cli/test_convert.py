@@ -15,7 +15,8 @@ import mimo_fast
 from mimo_fast.batches import RECORD
 from mimo_fast.cli import common
 from mimo_fast.cli.arguments import check_arguments
-from mimo_fast.cli.main import build_parser, main
+from mimo_fast.cli.main import main
+from mimo_fast.cli.parser import build_parser
 from mimo_fast.runtime.examples import read_set
 
 RATE = 24_000

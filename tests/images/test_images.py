@@ -176,7 +176,7 @@ def test_a_service_is_an_image_with_a_key_on_this_machine_alone(name):
 
 
 def test_the_variables_of_the_services_are_options():
-    from mimo_fast.cli.main import build_parser
+    from mimo_fast.cli.parser import build_parser
 
     known = vars(build_parser().parse_args(["serve"]))
     for service in COMPOSE["services"].values():

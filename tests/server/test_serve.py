@@ -24,7 +24,8 @@ from websockets.exceptions import ConnectionClosed, ConnectionClosedError, Inval
 from websockets.sync.client import connect
 
 from mimo_fast.cli.common import load_model, load_options
-from mimo_fast.cli.main import build_parser, main
+from mimo_fast.cli.main import main
+from mimo_fast.cli.parser import build_parser
 from mimo_fast.cli.server_options import settings_of
 from mimo_fast.errors import ConfigError
 from mimo_fast.server import limits, protocols

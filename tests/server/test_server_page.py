@@ -19,7 +19,7 @@ import pytest
 from servers import Running, start
 
 import mimo_fast
-from mimo_fast.cli.main import build_parser
+from mimo_fast.cli.parser import build_parser
 from mimo_fast.cli.server_options import GROUPS
 from mimo_fast.server.app import create_app
 from mimo_fast.server.realtime.config import EAGERNESS, SERVER_VAD
