@@ -126,8 +126,9 @@ def _sentence(
     if chosen is full:
         kept = "; ".join(reasons) or "no other was compared"
         return f"Keep {full.name} on this machine: {kept}."
-    lost = _listed([_kept(name, loss) for name, loss in chosen.losses.items()])
-    take = f"Take {chosen.name} on this machine: it loses {lost}"
+    lost = [_kept(name, loss) for name, loss in chosen.losses.items()]
+    losses = "its loss is" if len(lost) == 1 else "its losses are"
+    take = f"Take {chosen.name} on this machine: {losses} {_listed(lost)}"
     gains = f"beside {full.name} {_gains(chosen, full)}"
     return "; ".join([take, gains, *reasons]) + "."
 

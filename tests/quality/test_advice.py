@@ -124,7 +124,7 @@ def small(high: float = 0.02, low: float = -0.02, **fields: float) -> Candidate:
         (
             small(),
             "int8",
-            "Take int8 on this machine: it loses 0.0 points of",
+            "Take int8 on this machine: its loss is 0.0 points of",
         ),
         (small(0.2, 0.1), "float32", "as it loses 15.0 points of the words that it hears (at"),
         (small(0.09, -0.09), "float32", "of which 50 utterances are too few to tell: about 450"),
