@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mimo_fast.bench.style import COLOURS, STYLE
 from mimo_fast.errors import EvaluationError
 from mimo_fast.quality.advice import MEASURES
 
@@ -14,26 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Report = Mapping[str, Any]
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-"""Colours that the colour-blind can tell apart (Okabe and Ito), one a format."""
-
-STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.labelcolor": "#333333",
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "xtick.color": "#555555",
-    "ytick.color": "#333333",
-    "axes.grid": True,
-    "grid.color": "#e8e8e8",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-}
 
 DPI = 130
 
