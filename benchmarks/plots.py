@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from benchmarks.records import Entry, Measured
-from benchmarks.report import picture_name
+from benchmarks.records import Entry, Measured, picture_name
 from mimo_fast.bench.style import COLOURS
 from mimo_fast.bench.style import STYLE as PICTURES
 from mimo_fast.runtime.memory import GB

@@ -174,6 +174,11 @@ def slug(text: str) -> str:
     return "-".join(words)
 
 
+def picture_name(kind: str, device: str) -> str:
+    """File name of a device's picture in docs/performance/."""
+    return f"{kind}-{slug(device)}.svg"
+
+
 def sources(entries: Iterable[Entry]) -> str:
     """The device, and for each file and commit the days and the measured ceiling; Markdown."""
     groups: dict[tuple[str, str, str], list[Entry]] = {}

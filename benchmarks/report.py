@@ -19,7 +19,7 @@ from benchmarks.cards import Expectation, cards_text
 from benchmarks.columns import COLUMNS, cells, factor, gigabytes, share, shown, table, whole_ms
 from benchmarks.load import report as load_report
 from benchmarks.projection import FORMATS
-from benchmarks.records import NOT_MEASURED, RESULTS, Entry, Measured, slug, sources
+from benchmarks.records import NOT_MEASURED, RESULTS, Entry, Measured, picture_name, sources
 from mimo_fast.bench.cards import CARDS
 from mimo_fast.bench.environment import ROOT
 
@@ -237,11 +237,6 @@ def _missing(
 def _picture(pictures: Sequence[str], device: str, kind: str | None) -> Iterator[str]:
     if kind is not None and (name := picture_name(kind, device)) in pictures:
         yield f"![{kind} on {device}](performance/{name})\n"
-
-
-def picture_name(kind: str, device: str) -> str:
-    """File name of a device's picture in docs/performance/."""
-    return f"{kind}-{slug(device)}.svg"
 
 
 def _weight_errors(results: Path) -> Iterator[str]:

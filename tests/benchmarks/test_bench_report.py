@@ -10,8 +10,8 @@ import pytest
 from benchmarks import lookahead, projection, report
 from benchmarks.__main__ import main
 from benchmarks.cards import cards, cards_text
-from benchmarks.records import NOT_MEASURED, Entry, JsonLines, Measured
-from benchmarks.report import DOCUMENT, RESULTS, document, picture_name, write_report
+from benchmarks.records import NOT_MEASURED, Entry, JsonLines, Measured, picture_name
+from benchmarks.report import DOCUMENT, RESULTS, document, write_report
 from mimo_fast.bench.cards import CARDS
 from mimo_fast.runtime.memory import GB
 
