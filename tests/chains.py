@@ -1,6 +1,7 @@
-"""A certificate that signs provenance, issued by an authority of its own."""
+"""Certificates that sign provenance, issued by an authority of their own or by themselves."""
 
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -14,6 +15,7 @@ USES = (
     *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment"),
     *("key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
 )
+PURPOSE = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])
 
 
 def name(text: str) -> x509.Name:
@@ -33,6 +35,22 @@ def new_key(kind: str):
     return ec.generate_private_key(ec.SECP384R1() if kind == "p384" else ec.SECP256R1())
 
 
+def self_signed(folder: Path, *, authority: bool) -> Credentials:
+    """Files of a certificate that signs itself, as an authority's or as a signer's, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    own = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
+    allowed = ("digital_signature", "key_cert_sign") if authority else ("digital_signature",)
+    certificate = (
+        _certificate("Signer", "Signer", key.public_key(), 3)
+        .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+        .add_extension(uses(*allowed), critical=True)
+        .add_extension(PURPOSE, critical=True)
+        .add_extension(own, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return _written(folder, [certificate], key)
+
+
 def credentials(folder: Path, kind: str = "p256") -> Credentials:
     """Files of a chain and of the key of its first certificate."""
     authority, key = ec.generate_private_key(ec.SECP256R1()), new_key(kind)
@@ -43,18 +61,21 @@ def credentials(folder: Path, kind: str = "p256") -> Credentials:
         .sign(authority, hashes.SHA256())
     )
     issued_by = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
-    purpose = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])
     leaf = (
         _certificate("Signer", "Authority", key.public_key(), 2)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(uses("digital_signature"), critical=True)
-        .add_extension(purpose, critical=True)
+        .add_extension(PURPOSE, critical=True)
         .add_extension(issued_by, critical=False)
         .sign(authority, hashes.SHA256())
     )
+    return _written(folder, [leaf, root], key)
+
+
+def _written(folder: Path, certificates: Sequence[x509.Certificate], key) -> Credentials:
     pem = serialization.Encoding.PEM
     chain, private = folder / "chain.pem", folder / "key.pem"
-    chain.write_bytes(leaf.public_bytes(pem) + root.public_bytes(pem))
+    chain.write_bytes(b"".join(each.public_bytes(pem) for each in certificates))
     form, secret = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     private.write_bytes(key.private_bytes(pem, form, secret))
     return Credentials(chain, private)

@@ -84,12 +84,14 @@ class Signer:
         origin: what is signed of every file.
 
     Raises:
-        MarkingError: the package c2pa is absent, a file cannot be read, or C2PA does not take it.
+        MarkingError: the package c2pa is absent, a file cannot be read, the certificate signs
+            itself, or C2PA does not take it.
     """
 
     def __init__(self, credentials: Credentials, origin: Origin) -> None:
         self._library = _library()
         certificate, key = (_pem(path) for path in (credentials.certificate, credentials.key))
+        _check_issued(certificate, credentials.certificate)
         parts = _algorithm(key, credentials.key), certificate, key
         self._manifest = json.dumps(_manifest(origin))
         self._names = f"{credentials.certificate} and {credentials.key}"
@@ -247,6 +249,24 @@ def _pem(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise MarkingError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _check_issued(certificate: bytes, path: Path) -> None:
+    """Raises MarkingError for a certificate that signs itself, which C2PA's library takes or not,
+    in its own words, depending on what else it says. What is no certificate is left to it."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.x509 import load_pem_x509_certificates
+
+    try:
+        own = load_pem_x509_certificates(certificate)[0]
+        own.verify_directly_issued_by(own)
+    except (ValueError, TypeError, InvalidSignature):
+        return
+    fix = "name one that an authority issued, bought or your own, then the authority's, in one file"
+    raise MarkingError(
+        f"{path} signs itself, and C2PA asks for a chain: {fix} "
+        "(docs/responsible-use.md has the commands)"
+    )
 
 
 def _algorithm(key: bytes, path: Path) -> bytes:

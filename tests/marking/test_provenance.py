@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import soundfile
 import torch
-from chains import credentials
+from chains import credentials, self_signed
 
 from mimo_fast.audio.writing import write_sealed
 from mimo_fast.errors import AudioError, MarkingError
@@ -96,6 +96,16 @@ def test_what_cannot_be_signed_is_said(tmp_path, pair, signer):
             Signer(wrong, origin)
     with pytest.raises(AudioError, match="cannot read"):
         read_provenance(tmp_path / "none.wav")
+
+
+@pytest.mark.parametrize("authority", [True, False])
+def test_a_certificate_that_signs_itself_is_refused(tmp_path, authority):
+    with pytest.raises(MarkingError) as refused:
+        Signer(self_signed(tmp_path, authority=authority), Origin("m", "1"))
+    said = str(refused.value)
+    assert said.startswith(f"{tmp_path / 'chain.pem'} signs itself, and C2PA asks for a chain: ")
+    assert "issued" in said
+    assert "\n" not in said
 
 
 def test_the_package_that_is_missing_is_named(monkeypatch, pair):
