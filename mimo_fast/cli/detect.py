@@ -56,6 +56,7 @@ def _object(path: Path, evidence: Evidence) -> dict[str, Any]:
         "watermark": {
             "marked": mark.marked,
             "confidence": round(mark.confidence, 4),
+            "score": round(mark.score, 4),
             "start": round(mark.start, 3),
             "end": round(mark.end, 3),
         },

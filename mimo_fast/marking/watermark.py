@@ -62,9 +62,13 @@ from what is not."""
 SILENT = 1e-4
 """Peak below which a window holds nothing but rounding."""
 
-THRESHOLD = 0.75
-"""Confidence from which a recording counts as marked: Opus at 12 kb/s leaves nano's short sentences
-that much, and unmarked ones of nano at another speed come to 0.73."""
+SLOPE, BIAS = 13.157, -6.919
+"""Of the logistic curve over scores that a confidence is (Platt's scaling), fitted and checked on
+voices kept back by benchmarks/studies/watermark.py."""
+
+THRESHOLD = 0.99
+"""Confidence from which a recording counts as marked, a score of 0.875: unmarked speech of nano at
+other speeds comes to a confidence of 0.987 (docs/responsible-use.md)."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,20 @@ class Found:
     """What a recording tells of a mark.
 
     Attributes:
-        confidence: 0 to 1, of the window that is surest. It is the detector's own figure, which was
+        score: 0 to 1, the detector's own figure of the window that is surest. The network was
             trained towards 1 for marked speech and 0 for other sound: no probability.
         start, end: seconds, of that window.
     """
 
-    confidence: float
+    score: float
     start: float
     end: float
+
+    @property
+    def confidence(self) -> float:
+        """The probability of a mark, in a recording that is as likely marked as not and that has
+        kept its speed; from 0.001 for a score of 0 to 0.998 for 1."""
+        return 1 / (1 + math.exp(-SLOPE * self.score - BIAS))
 
     @property
     def marked(self) -> bool:
@@ -193,8 +203,8 @@ def find_watermark_in(blocks: Iterable[Tensor]) -> Found:
     held = torch.zeros(0, dtype=torch.float32, device="cpu")
 
     def better(window: Tensor) -> Found:
-        found = Found(_confidence(window), start / RATE, (start + len(window)) / RATE)
-        return found if found.confidence > best.confidence or not best.end else best
+        found = Found(_score(window), start / RATE, (start + len(window)) / RATE)
+        return found if found.score > best.score or not best.end else best
 
     for block in blocks:
         held = torch.cat([held, block.to("cpu", torch.float32)])
@@ -219,7 +229,7 @@ def _difference(wav: Tensor, rate: int) -> Tensor:
     return resample(waveform(change, len(original)), RATE, rate)[: len(wav)]
 
 
-def _confidence(wav: Tensor) -> float:
+def _score(wav: Tensor) -> float:
     """How surely a window [n] at 32 kHz is marked."""
     if not len(wav) or float(wav.abs().max()) < SILENT:
         return 0.0

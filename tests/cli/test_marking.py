@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from chains import credentials
+from chains import credentials, self_signed
 
 import mimo_fast
 from mimo_fast.audio.files import load_audio
+from mimo_fast.cli import common
 from mimo_fast.cli.main import main
 from mimo_fast.marking.provenance import read_provenance
 from mimo_fast.marking.watermark import find_watermark
@@ -106,6 +107,7 @@ def test_detect(tmp_path, capsys, pem):
     found = json.loads(told.out)
     assert found["marked"]
     assert found["watermark"]["marked"]
+    assert 0.98 < found["watermark"]["confidence"] < found["watermark"]["score"] <= 1
     assert found["provenance"]["intact"]
 
 
@@ -157,4 +159,17 @@ def test_a_wrong_certificate_is_said_before_there_is_speech(tmp_path, capsys, pe
     output = tmp_path / "a.wav"
     assert run("tts", "seven", "-o", output, "--sign", tmp_path / "c.pem", pem[1]) == 1
     assert "cannot sign with" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_certificate_that_signs_itself_is_said_before_a_model_loads(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(common, "MimoAudio", lambda *_, **__: pytest.fail("a model was loaded"))
+    pair = self_signed(tmp_path, authority=False)
+    output = tmp_path / "a.wav"
+    assert run("tts", "seven", "-o", output, "--sign", pair.certificate, pair.key) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if "signs itself" in line]
+    assert len(said) == 1
+    assert "C2PA asks for a chain: name one that an authority issued" in said[0]
     assert not output.exists()

@@ -1,25 +1,21 @@
 """Marks survive what happens to a recording on its way; other speech stays other speech.
 
-Where that falls short it says by how much, as docs/responsible-use.md does.
+The voices and sentences are others than those that the confidence was calibrated on
+(benchmarks/studies/watermark.py). docs/responsible-use.md has what is measured here.
 """
 
 import pytest
 import torch
-from transformations import CHANGES, RATE, noisy, sentences
+from recordings import sentences
 
 import mimo_fast
-from mimo_fast.marking.watermark import find_watermark, watermark
+from benchmarks.transformations import CHANGES, RATE, noisy, played
+from mimo_fast.marking.watermark import THRESHOLD, find_watermark, watermark
 
 TEXTS = (
     *("seven forty two", "the train leaves at nine fifteen", "three hundred and twelve plus five"),
     *("zero one two three four five six seven eight nine", "what is your name"),
 )
-
-MARKED = {"opus 12": 0.7, "telephone": 0.94, "noise at 30 dB": 0.5}
-"""Least confidence of marked speech where it is below 0.98: of a sentence of about two seconds."""
-
-OTHER = {"opus 24": 0.15, "opus 12": 0.25}
-"""Most confidence of other speech where it is above 0.1."""
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +32,25 @@ def marked(voices):
     return {name: [watermark(wav, RATE) for wav in said] for name, said in voices.items()}
 
 
+def found(change, said):
+    return [find_watermark(*change(wav)) for wav in said]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_marks_survive(marked, change):
+    least = 0.7 if change == "opus 12" else 0.98
     for name, said in marked.items():
-        found = [find_watermark(*CHANGES[change](wav)).confidence for wav in said]
-        assert min(found) >= MARKED.get(change, 0.98), (name, found)
-        if change == "telephone":
-            assert sum(each >= 0.98 for each in found) >= len(found) - 1, (name, found)
+        sure = [each.confidence for each in found(CHANGES[change], said)]
+        assert min(sure) >= least, (name, sure)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_speech_is_not_taken_for_marked(voices, change):
     for name, said in voices.items():
-        found = [find_watermark(*CHANGES[change](wav)).confidence for wav in said]
-        assert max(found) < OTHER.get(change, 0.1), (name, found)
+        sure = [each.confidence for each in found(CHANGES[change], said)]
+        assert max(sure) < 0.1, (name, sure)
 
 
 def test_speech_as_it_is():
@@ -61,7 +60,20 @@ def test_speech_as_it_is():
 
 
 @pytest.mark.slow
-def test_what_marks_do_not_survive(marked):
-    """So that nobody believes that they do: noise at 20 dB, in most sentences of nano."""
-    found = [find_watermark(*noisy(20)(wav)).confidence for wav in marked["nano"]]
-    assert sum(found) / len(found) < 0.5
+def test_what_noise_leaves(voices, marked):
+    """At 30 dB a part of the score, at 20 dB less than half of nano's: nobody is to believe that
+    marks survive that."""
+    for said in marked.values():
+        assert min(each.score for each in found(noisy(30), said)) >= 0.5
+    for said in voices.values():
+        assert max(each.confidence for each in found(noisy(30), said)) < 0.1
+    scores = [each.score for each in found(noisy(20), marked["nano"])]
+    assert sum(scores) / len(scores) < 0.5
+
+
+@pytest.mark.slow
+def test_other_speech_at_other_speeds_is_below_the_threshold(voices):
+    """It has something of a mark for the detector, nano's most."""
+    for speed in (0.9, 0.95, 1.075):
+        sure = [each.confidence for said in voices.values() for each in found(played(speed), said)]
+        assert max(sure) < THRESHOLD

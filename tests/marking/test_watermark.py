@@ -10,13 +10,21 @@ import torch
 from helpers import seeded, snr_db
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformations import RATE, WORDS, sentences
+from recordings import WORDS, sentences
 
+from benchmarks.transformations import RATE
 from mimo_fast.audio.files import load_audio
 from mimo_fast.audio.resample import resample
 from mimo_fast.errors import AudioError, MarkingError
 from mimo_fast.marking import network
-from mimo_fast.marking.watermark import MarkStream, find_watermark, find_watermark_in, watermark
+from mimo_fast.marking.watermark import (
+    THRESHOLD,
+    Found,
+    MarkStream,
+    find_watermark,
+    find_watermark_in,
+    watermark,
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +89,7 @@ def test_a_mark_is_never_beyond_full_scale_and_silence_stays(sentence):
     assert not watermark(torch.zeros(RATE), RATE).any()
     quiet = torch.randn(RATE, generator=seeded(0)) * 2**-15
     assert float(watermark(quiet, RATE).abs().max()) < 2**-11
-    assert find_watermark(torch.zeros(RATE), RATE).confidence == 0
+    assert find_watermark(torch.zeros(RATE), RATE).score == 0
     pause = torch.cat([sentence, torch.zeros(RATE), sentence])
     inner = slice(len(sentence) + RATE // 10, len(sentence) + RATE * 9 // 10)
     assert not watermark(pause, RATE)[inner].any()
@@ -149,6 +157,14 @@ def test_blocks_of_any_size_are_searched_alike(lengths):
         parts.append(wav[start : start + length])
         start += length
     assert find_watermark_in(parts) == find_watermark_in([wav])
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_a_confidence_is_between_0_and_1_and_grows_with_the_score(one, other):
+    low, high = (Found(score, 0, 4) for score in sorted((one, other)))
+    assert 0 < low.confidence <= high.confidence < 1
+    assert low.marked <= high.marked
+    assert high.marked == (high.confidence >= THRESHOLD)
 
 
 def test_what_cannot_be_marked_is_said(sentence, monkeypatch):

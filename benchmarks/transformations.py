@@ -1,22 +1,18 @@
-"""What happens to a recording on its way, and the recordings that it happens to."""
+"""What happens to a recording on its way: codecs, telephones, cuts, levels, noise, speed."""
+
+from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import av
 import numpy as np
 import torch
-from helpers import seeded
 from torch import Tensor
 
-from mimo_fast.audio.files import load_audio
 from mimo_fast.audio.resample import resample
 
 RATE = 24000
-
-WORDS = Path(__file__).parents[1] / "words"
-"""Sentences by flite's voices."""
 
 Change = Callable[[Tensor], tuple[Tensor, int]]
 """Samples [n] at 24 kHz -> samples and their rate."""
@@ -66,10 +62,15 @@ def noisy(decibels: float) -> Change:
     """White noise that many decibels below."""
 
     def change(wav: Tensor) -> tuple[Tensor, int]:
-        noise = torch.randn(len(wav), generator=seeded(0))
+        noise = torch.randn(len(wav), generator=torch.Generator().manual_seed(0))
         return wav + noise * wav.square().mean().sqrt() * 10 ** (-decibels / 20), RATE
 
     return change
+
+
+def played(speed: float) -> Change:
+    """That many times as fast, its pitch with it."""
+    return lambda wav: (resample(wav, round(RATE * speed), RATE), RATE)
 
 
 CHANGES: dict[str, Change] = {
@@ -88,11 +89,8 @@ CHANGES: dict[str, Change] = {
     "6 dB louder": louder(6),
     "6 dB quieter": louder(-6),
     "20 dB quieter": louder(-20),
-    "noise at 30 dB": noisy(30),
 }
+"""What a mark is to survive."""
 
-
-def sentences(every: int = 1) -> Iterator[Tensor]:
-    """Each or some of flite's sentences [n] at 24 kHz."""
-    for path in sorted(WORDS.glob("*.flac"))[::every]:
-        yield load_audio(path, RATE)
+SPEEDS = {f"{speed}x": played(speed) for speed in (0.9, 0.95, 1.05, 1.075, 1.1)}
+"""What no mark survives, and what gives other speech something of one."""
