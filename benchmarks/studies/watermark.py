@@ -177,7 +177,8 @@ def main() -> None:
         scores = [each for half in HALVES for each in measured(half)]
     record: Record = {"environment": about, "halves": HALVES}
     for over in OVER:
-        found = record[f"over the {over}"] = {}
+        found: Record = {}
+        record[f"over the {over}"] = found
         for half in HALVES:
             own, others = (
                 [s for s in scores if (s.half == half) == mine] for mine in (True, False)
