@@ -8,6 +8,7 @@ errors over all words of the references, is what other reports give, and is besi
 from __future__ import annotations
 
 import string
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -38,7 +39,10 @@ def evaluation_package(name: str) -> Any:
         EvaluationError: it is not installed.
     """
     try:
-        return import_module(name)
+        # What a package tells its own makers while it is imported.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return import_module(name)
     except ImportError as error:
         needed = name.partition(".")[0]
         raise EvaluationError(

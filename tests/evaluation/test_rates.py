@@ -1,6 +1,7 @@
 """Rates of words: MiMo-Audio-Eval's normalisation and jiwer, against counting by hand."""
 
 import string
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -141,3 +142,13 @@ def test_empty_references_are_noted():
     figures = Words("en").figures([(answer("", ""), {"reference": "...", "hypothesis": "a b"})])
     assert figures["WER, mean of utterances"].value == 200
     assert "1 empty references" in figures["WER, corpus"].note
+
+
+def test_a_recognisers_chinese_is_simplified_before_it_is_compared(recwarn):
+    words = Words("zh", heard=True)
+    said = Answer(Item("1", {}, {"text": "汉语", "language": "zh"}), audio=Path("said.wav"))
+    found = words.find(said, Tools(recogniser=lambda audio, language: " 漢語 "))
+    assert found == {"reference": "汉语", "hypothesis": "汉语"}
+    assert words.figures([(said, found)])["CER, corpus"].value == 0
+    # What the package says of its own imports is not the user's.
+    assert not [each for each in recwarn if "pkg_resources" in str(each.message)]
