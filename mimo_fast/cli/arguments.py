@@ -158,7 +158,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if [*map(str, inputs), getattr(args, "text", "")].count("-") > 1:
         args.parser.error("standard input can be given once")
     args.problems = _unreadable(inputs)
-    if args.problems and (args.module not in SEVERAL or len(inputs) == 1):
+    # `detect` has a code of its own for what cannot be read, be it one file.
+    alone = len(inputs) == 1 and args.module != "detect"
+    if args.problems and (args.module not in SEVERAL or alone):
         raise next(iter(args.problems.values()))
 
 

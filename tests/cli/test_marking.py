@@ -102,6 +102,7 @@ def test_detect(tmp_path, capsys, pem):
     assert run("detect", other) == 1
     assert capsys.readouterr().err == ""
     assert run("detect", said, tmp_path / "none.wav", "--json") == 2
+    assert run("detect", tmp_path / "none.wav") == 2
     told = capsys.readouterr()
     assert "cannot read" in told.err
     found = json.loads(told.out)
