@@ -54,11 +54,11 @@ def test_the_workflow_runs_what_ci_runs(job):
 @pytest.mark.parametrize(
     ("there", "asked"),
     [
-        ((), "g++ g++-aarch64-linux-gnu qemu-user chromium npm"),
+        ((), "g++ g++-aarch64-linux-gnu qemu-user flite chromium npm"),
         # Debian's npm conflicts with the Node.js that another npm came with.
-        (("g++", "aarch64-linux-gnu-g++", "qemu-aarch64", "npm"), "chromium"),
-        (("g++", "npm", "google-chrome"), "g++-aarch64-linux-gnu qemu-user"),
-        (("g++", "aarch64-linux-gnu-g++", "qemu-aarch64", "npm", "chromium"), ""),
+        (("g++", "aarch64-linux-gnu-g++", "qemu-aarch64", "flite", "npm"), "chromium"),
+        (("g++", "npm", "google-chrome"), "g++-aarch64-linux-gnu qemu-user flite"),
+        (("g++", "aarch64-linux-gnu-g++", "qemu-aarch64", "flite", "npm", "chromium"), ""),
     ],
 )
 def test_a_fresh_machine_is_given_what_it_lacks(tmp_path, there, asked):
