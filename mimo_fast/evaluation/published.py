@@ -4,7 +4,8 @@ Source: MiMo-Audio Technical Report (MiMo-Audio-Technical-Report.pdf of XiaomiMi
 table 9 in section 4.3. It calls all of them WER. By MiMo-Audio-Eval's code they are means of
 utterances; of AISHELL-1 and Chinese texts, of characters; of spoken texts, as Whisper large-v3 and
 Paraformer hear them. README.md of the repository has no figures. Not published: LibriSpeech
-test-other, words of InstructTTSEval, likeness of voices in Seed-TTS-Eval.
+test-other, words of InstructTTSEval, likeness of voices in Seed-TTS-Eval. Scores of the other sets
+are in their modules, made by `accuracy`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,14 @@ from __future__ import annotations
 from mimo_fast.evaluation.items import Options, Published
 from mimo_fast.evaluation.rates import mean_rate
 
-MODEL = "MiMo-Audio-7B-Instruct"
+MODEL, BASE = "MiMo-Audio-7B-Instruct", "MiMo-Audio-7B-Base"
 TABLE = "technical report, table 9"
+
+
+def accuracy(model: str, value: float, table: int, options: Options) -> Published:
+    """An accuracy in percent of a table of the technical report."""
+    return Published(model, "accuracy", value, f"technical report, table {table}", options=options)
+
 
 PLAIN = Options(mode="plain")
 """Texts without a voice, as MiMo-Audio-Eval asks Seed-TTS-Eval."""

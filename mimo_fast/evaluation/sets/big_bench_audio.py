@@ -22,9 +22,9 @@ from mimo_fast.evaluation.items import (
     Judge,
     Measure,
     Options,
-    Published,
     Tools,
 )
+from mimo_fast.evaluation.published import MODEL, accuracy
 from mimo_fast.evaluation.sets.tables import Audio, Files, Row, groups_of, ids_of, refuse
 
 FILES = Files("Big Bench Audio", "huggingface.co/datasets/ArtificialAnalysis/big_bench_audio")
@@ -169,11 +169,6 @@ def measures(split: str, options: Options) -> list[Measure]:
     return [JudgedRight(None if mode_of(options) == "s2t" else "en")]
 
 
-def _published(mode: str, value: float) -> Published:
-    source, options = "technical report, table 8", Options(mode=mode)
-    return Published("MiMo-Audio-7B-Instruct", "accuracy", value, source, options=options)
-
-
 BIG_BENCH_AUDIO = EvaluationSet(
     name="bigbench_audio",
     title=FILES.title,
@@ -181,7 +176,10 @@ BIG_BENCH_AUDIO = EvaluationSet(
     task=task,
     read=read,
     measures=measures,
-    published=(_published("s2t", 72.90), _published("s2s", 60.20)),
+    published=(
+        accuracy(MODEL, 72.90, 8, Options(mode="s2t")),
+        accuracy(MODEL, 60.20, 8, Options(mode="s2s")),
+    ),
     modes=MODES,
     forms=(f"big_bench_audio/{LIST} with data/*.mp3", "big_bench_audio/data/*.parquet"),
     source=FILES.source,

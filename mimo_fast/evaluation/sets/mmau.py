@@ -13,14 +13,13 @@ from pathlib import Path
 from mimo_fast.evaluation.choices import Accuracy, matched_choice
 from mimo_fast.evaluation.few_shot import drawn_examples
 from mimo_fast.evaluation.items import EvaluationSet, Item, Measure, Options, Published
+from mimo_fast.evaluation.published import BASE, MODEL, accuracy
 from mimo_fast.evaluation.sets.tables import Files, Row, groups_of, ids_of, refuse
 
 ONLY_ONE = (
     " Do not provide any additional explanations or content."
     " Output must match exactly one of the listed choices."
 )
-
-REPORT = "technical report"
 
 
 def listed(question: str, choices: Sequence[str]) -> str:
@@ -126,9 +125,6 @@ MMAR = Questions(
 )
 
 
-INSTRUCT, BASE = "MiMo-Audio-7B-Instruct", "MiMo-Audio-7B-Base"
-
-
 def _set(name: str, of: Questions, split: str, *published: Published) -> EvaluationSet:
     return EvaluationSet(
         name=name,
@@ -148,13 +144,13 @@ QUESTION_SETS = (
         "mmau",
         MMAU,
         "test-mini",
-        Published(INSTRUCT, "accuracy", 74.90, f"{REPORT}, table 8", options=Options()),
-        Published(BASE, "accuracy", 66.0, f"{REPORT}, table 6", options=Options(shots=5)),
+        accuracy(MODEL, 74.90, 8, Options()),
+        accuracy(BASE, 66.0, 6, Options(shots=5)),
     ),
     _set(
         "mmar",
         MMAR,
         "test",
-        Published(INSTRUCT, "accuracy", 63.60, f"{REPORT}, table 8", options=Options()),
+        accuracy(MODEL, 63.60, 8, Options()),
     ),
 )

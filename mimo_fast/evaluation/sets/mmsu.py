@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mimo_fast.evaluation.choices import LETTERS, Accuracy, lettered_choice
-from mimo_fast.evaluation.items import EvaluationSet, Item, Measure, Options, Published
+from mimo_fast.evaluation.items import EvaluationSet, Item, Measure, Options
+from mimo_fast.evaluation.published import MODEL, accuracy
 from mimo_fast.evaluation.sets.tables import Files, groups_of, ids_of, refuse
 from mimo_fast.text.tasks import THINK_FIRST
 
@@ -52,11 +53,6 @@ def measures(split: str, options: Options) -> list[Measure]:
     return [Accuracy(lettered_choice)]
 
 
-def _published(value: float, options: Options) -> Published:
-    source = "technical report, table 8"
-    return Published("MiMo-Audio-7B-Instruct", "accuracy", value, source, options=options)
-
-
 MMSU = EvaluationSet(
     name="mmsu",
     title=FILES.title,
@@ -64,7 +60,10 @@ MMSU = EvaluationSet(
     task=lambda _: "audio_understanding_sft",
     read=read,
     measures=measures,
-    published=(_published(61.70, Options()), _published(62.88, Options(thinking=True))),
+    published=(
+        accuracy(MODEL, 61.70, 8, Options()),
+        accuracy(MODEL, 62.88, 8, Options(thinking=True)),
+    ),
     forms=TABLES,
     source=FILES.source,
 )

@@ -13,7 +13,8 @@ from typing import Any
 
 from mimo_fast.errors import EvaluationError
 from mimo_fast.evaluation.choices import Accuracy, numbered_option
-from mimo_fast.evaluation.items import EvaluationSet, Item, Measure, Options, Published
+from mimo_fast.evaluation.items import EvaluationSet, Item, Measure, Options
+from mimo_fast.evaluation.published import BASE, accuracy
 from mimo_fast.evaluation.sets.tables import Files, Row, ids_of, refuse, table_files
 
 FILES = Files("SpeechMMLU", "huggingface.co/datasets/XiaomiMiMo/SpeechMMLU, audio.tar.gz in audio/")
@@ -123,12 +124,6 @@ def _asked(mode: str, text: str, root: Path, audio: str) -> dict[str, Any]:
     return {"speech": FILES.file(root, audio)} if mode.startswith("s") else {"text": text}
 
 
-def _published(mode: str, value: float) -> Published:
-    options = Options(shots=5, mode=mode)
-    source = "technical report, table 6"
-    return Published("MiMo-Audio-7B-Base", "accuracy", value, source, options=options)
-
-
 SPEECH_MMLU = EvaluationSet(
     name="speechmmlu",
     title=FILES.title,
@@ -137,10 +132,10 @@ SPEECH_MMLU = EvaluationSet(
     read=read,
     measures=measures,
     published=(
-        _published("s2s", 69.1),
-        _published("s2t", 69.5),
-        _published("t2s", 71.5),
-        _published("t2t", 72.5),
+        accuracy(BASE, 69.1, 6, Options(shots=5, mode="s2s")),
+        accuracy(BASE, 69.5, 6, Options(shots=5, mode="s2t")),
+        accuracy(BASE, 71.5, 6, Options(shots=5, mode="t2s")),
+        accuracy(BASE, 72.5, 6, Options(shots=5, mode="t2t")),
     ),
     modes=MODES,
     forms=(f"SpeechMMLU/{EXAMPLES} with **/*.parquet (or .json, .jsonl) and audio/**/*.mp3",),
